@@ -1,0 +1,417 @@
+"""The typed run: every key, its default, its unit, and whether it changes the result.
+
+`Run` is the contract between the command line and everything else. Hydra fills it from YAML (see `conf.compose`), it
+becomes one object, and from then on nobody sees a `DictConfig`. Keys are *scientific* (they change the result: data,
+model, optimizer, seed, batch) or *operational* (paths, ranks, tracker, intervals), marked by `op(...)`. The same run
+name with other operational keys continues; with other scientific keys it is refused (`differences`).
+"""
+
+import dataclasses
+import enum
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+VERSION = 1
+
+
+def op(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
+    """A field that does not change the result of a run."""
+    if factory is not dataclasses.MISSING:
+        return field(default_factory=factory, metadata={"operational": True})
+    return field(default=default, metadata={"operational": True})
+
+
+def refuse(key: str, value: object, reason: str, way_out: str) -> ValueError:
+    """The one form of a user's error: dotted key, value, reason, and what to do."""
+    return ValueError(f"{key}={value}: {reason}\n{way_out}")
+
+
+def positive(prefix: str, thing: object, *names: str) -> None:
+    """Refuse any of the attributes `names` of `thing` that is not above zero."""
+    for name in names:
+        if getattr(thing, name) <= 0:
+            raise refuse(f"{prefix}.{name}", getattr(thing, name), "must be above 0", f"for example {prefix}.{name}=1")
+
+
+class Stage(enum.Enum):
+    """The stages of a run, in their order."""
+
+    prepare = "prepare"
+    train = "train"
+    evaluate = "evaluate"
+    export = "export"
+
+
+class Precision(enum.Enum):
+    """Arithmetic of forward and backward; master weights and optimizer state are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class EngineKind(enum.Enum):
+    """Who partitions and steps: DeepSpeed ZeRO, or plain PyTorch, the truth it is compared with."""
+
+    deepspeed = "deepspeed"
+    plain = "plain"
+
+
+class Attention(enum.Enum):
+    """Which attention kernel; `auto` picks varlen on CUDA and the faster of sdpa and varlen on CPU."""
+
+    auto = "auto"
+    formula = "formula"
+    sdpa = "sdpa"
+    varlen = "varlen"
+
+
+class WandbMode(enum.Enum):
+    """`auto` is online when the environment has a W&B key and offline otherwise."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunInfo:
+    """Which run this is."""
+
+    name: str = op("default")
+    seed: int = 0
+    fresh: bool = op(False)
+    allow: list[str] = op(factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse names that are not one plain folder name."""
+        plain = self.name.replace("-", "").replace("_", "").replace(".", "")
+        if not plain.isalnum() or not self.name.isascii() or self.name.startswith((".", "-")):
+            raise refuse(
+                "run.name",
+                self.name,
+                "must be one folder name of letters, digits, '-', '_', '.'",
+                "for example run.name=first",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Paths:
+    """Where runs and stage outputs live; on more than one node both must be on a shared file system."""
+
+    runs: str = op("runs")
+    store: str = op("store")
+
+
+@dataclass(kw_only=True, slots=True)
+class Corpus:
+    """The raw text. `path` is a path, a glob, a folder, or a list of them; `reader` is a registered reader."""
+
+    name: str = "corpus"
+    reader: str = "text"
+    path: Any = None
+    text_key: str = "text"
+    id_key: str | None = None
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse a path that is neither a string nor a list of strings."""
+        value = self.path
+        if (
+            value is None
+            or isinstance(value, str)
+            or (isinstance(value, list) and all(isinstance(p, str) for p in value))
+        ):
+            return
+        raise refuse(
+            "corpus.path",
+            value,
+            "must be a path, a glob, a folder, or a list of them",
+            "for example corpus.path=/data/*.jsonl",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Tokenizer:
+    """Train a byte-level BPE on at most `sample_bytes` of the corpus, or import a `tokenizer.json` from `path`."""
+
+    name: str = "bpe"
+    vocab_size: int = 4096
+    path: str | None = None
+    sample_bytes: int = 16_000_000
+
+    def __post_init__(self) -> None:
+        """Refuse vocabularies too small for 256 bytes and the special tokens."""
+        if self.path is None and self.vocab_size < 260:
+            raise refuse(
+                "tokenizer.vocab_size", self.vocab_size, "must hold 256 bytes and the special tokens", "use 260 or more"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Data:
+    """From documents to rows. A task reads about `task_bytes` of raw bytes; a row has `row_tokens` tokens."""
+
+    row_tokens: int = 256
+    heldout_fraction: float = 0.02
+    task_bytes: int = 32_000_000
+    max_document_bytes: int = 50_000_000
+    quarantine_limit: float = op(0.01)
+    filters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse sizes and fractions that cannot be."""
+        positive("data", self, "row_tokens", "task_bytes", "max_document_bytes")
+        for name in ("heldout_fraction", "quarantine_limit"):
+            if not 0 <= getattr(self, name) < 1:
+                raise refuse(
+                    f"data.{name}", getattr(self, name), "must be from 0 to below 1", f"for example data.{name}=0.01"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """The shape of the model. `name` is a registered model; `options` are for models of other packages."""
+
+    name: str = "decoder"
+    layers: int = 4
+    width: int = 192
+    heads: int = 6
+    kv_heads: int = 2
+    ffn_width: int = 512
+    max_positions: int = 1024
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = True
+    attention: Attention = op(Attention.auto)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse shapes whose heads do not divide."""
+        positive("model", self, "layers", "width", "heads", "kv_heads", "ffn_width", "max_positions")
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise refuse(
+                "model.heads",
+                self.heads,
+                f"must divide model.width={self.width} into heads of even width",
+                "choose another model.heads or model.width",
+            )
+        if self.heads % self.kv_heads:
+            raise refuse(
+                "model.kv_heads",
+                self.kv_heads,
+                f"must divide model.heads={self.heads}",
+                f"for example model.kv_heads={self.heads}",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Objective:
+    """What is minimized; `name` is a registered objective."""
+
+    name: str = "causal_lm"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    """How long, how much at once, and how often to look."""
+
+    steps: int = 200
+    global_batch_rows: int = 16
+    clip_norm: float = 1.0
+    precision: Precision = Precision.fp32
+    engine: EngineKind = op(EngineKind.deepspeed)
+    micro_batch_rows: int = op(8)
+    loss_chunk_tokens: int = op(2048)
+    eval_every: int = op(100)
+    eval_rows: int = op(64)
+    checkpoint_every: int = op(50)
+    keep_checkpoints: int = op(3)
+    log_every: int = op(10)
+    sample_tokens: int = op(64)
+    sample_prompts: list[str] = op(factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse counts of zero."""
+        positive(
+            "train",
+            self,
+            "steps",
+            "global_batch_rows",
+            "micro_batch_rows",
+            "loss_chunk_tokens",
+            "eval_every",
+            "eval_rows",
+            "checkpoint_every",
+            "log_every",
+        )
+        if self.keep_checkpoints < 2:
+            raise refuse(
+                "train.keep_checkpoints",
+                self.keep_checkpoints,
+                "must be at least 2, so that a damaged one has one before it",
+                "use train.keep_checkpoints=2",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Optim:
+    """The optimizer; weight decay reaches matrices only, never norms (two parameter groups)."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a learning rate that cannot learn."""
+        positive("optim", self, "lr")
+
+
+@dataclass(kw_only=True, slots=True)
+class Schedule:
+    """Learning rate over steps: linear warmup, then `name`, down to `final_fraction` of the peak."""
+
+    name: str = "cosine"
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse fractions outside 0 to 1."""
+        for name in ("warmup_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise refuse(f"schedule.{name}", getattr(self, name), "must be from 0 to 1", "for example 0.1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Zero:
+    """DeepSpeed's ZeRO stage (0 to 3) and allow-listed settings that pass through to its config."""
+
+    stage: int = op(1)
+    extra: dict[str, Any] = op(factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse stages that do not exist."""
+        if self.stage not in (0, 1, 2, 3):
+            raise refuse("zero.stage", self.stage, "no such ZeRO stage", "use zero.stage=0, 1, 2 or 3")
+
+
+@dataclass(kw_only=True, slots=True)
+class Cluster:
+    """Which Ray, and how much of it. Without an address a private local Ray is started and ended."""
+
+    address: str | None = op(None)
+    ranks: int = op(2)
+    workers: int = op(2)
+    cpus_per_rank: float = op(1.0)
+    gpus_per_rank: int = op(-1)
+    dashboard_port: int = op(0)
+    start_timeout_s: float = op(120.0)
+    max_restarts: int = op(3)
+
+    def __post_init__(self) -> None:
+        """Refuse counts of zero; gpus_per_rank=-1 means one where the cluster has GPUs."""
+        positive("cluster", self, "ranks", "workers", "cpus_per_rank", "start_timeout_s")
+        if self.gpus_per_rank not in (-1, 0, 1):
+            raise refuse(
+                "cluster.gpus_per_rank",
+                self.gpus_per_rank,
+                "a rank drives one GPU or none",
+                "use -1 (automatic), 0 or 1",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Tracker:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    wandb: WandbMode = op(WandbMode.auto)
+    project: str = op("zeroray")
+    entity: str | None = op(None)
+    group: str | None = op(None)
+    tags: list[str] = op(factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """What to do: everything a run is, as one object."""
+
+    run: RunInfo = field(default_factory=RunInfo)
+    paths: Paths = field(default_factory=Paths)
+    stages: list[Stage] = op(factory=lambda: list(Stage))
+    plugins: list[str] = field(default_factory=list)
+    corpus: Corpus = field(default_factory=Corpus)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    train: Train = field(default_factory=Train)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    zero: Zero = field(default_factory=Zero)
+    cluster: Cluster = field(default_factory=Cluster)
+    tracker: Tracker = field(default_factory=Tracker)
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot run."""
+        if self.data.row_tokens > self.model.max_positions:
+            raise refuse(
+                "data.row_tokens",
+                self.data.row_tokens,
+                f"rows are longer than model.max_positions={self.model.max_positions}",
+                f"use data.row_tokens={self.model.max_positions} or raise model.max_positions",
+            )
+        if self.train.engine is EngineKind.plain and self.zero.stage not in (0, 1):
+            raise refuse("zero.stage", self.zero.stage, "train.engine=plain has no ZeRO", "use train.engine=deepspeed")
+        if not self.stages:
+            raise refuse("stages", "[]", "nothing to do", "for example stages=[prepare,train,evaluate,export]")
+
+
+def plain(value: object) -> Any:
+    """A dataclass tree as plain JSON values: enums by name, dataclasses as dicts."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value
+
+
+def scientific(value: object) -> Any:
+    """The part of a dataclass tree that changes the result, as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [f for f in dataclasses.fields(value) if not f.metadata.get("operational")]
+        return {f.name: scientific(getattr(value, f.name)) for f in kept}
+    return plain(value)
+
+
+def content_hash(value: object) -> str:
+    """SHA-256 (hex) of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts as dotted keys; lists and scalars are leaves."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: tree}
+
+
+def differences(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    """The dotted scientific keys in which two `scientific` trees differ, with both values."""
+    a, b = flatten(before), flatten(after)
+    missing = "(unset)"
+    return [
+        (k, a.get(k, missing), b.get(k, missing)) for k in sorted({*a, *b}) if a.get(k, missing) != b.get(k, missing)
+    ]

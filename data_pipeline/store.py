@@ -1,0 +1,239 @@
+"""The commit store: how anything durable is written, who may write it, and who waits.
+
+Every contract reaches the disk through this room, so that a reader sees a whole file or none, whatever is killed when:
+
+    write_bytes / write_json / AtomicFile   temporary name, flush, fsync, rename, fsync of the folder
+    create_exclusive                        the same, but exactly one caller wins (a hard link never overwrites)
+    claim_generation                        the next fencing number of a folder, claimed by exclusive creation
+    Lease                                   one process works, another waits; a dead holder is taken over
+
+The surprise: `rename` alone is not durable. Without the fsync of the folder a power cut can bring the old name back.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, BinaryIO
+
+HEARTBEAT_S = 2.0
+EXPIRY_S = 30.0
+
+
+def fsync_folder(folder: str) -> None:
+    """Make the names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class AtomicFile:
+    """A binary file that appears under its name, whole and durable, when its `with` block ends without an error."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.temporary = f"{path}.tmp-{uuid.uuid4().hex[:12]}"
+        self.file: BinaryIO
+
+    def __enter__(self) -> BinaryIO:
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__, after fsync)
+        return self.file
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                os.rename(self.temporary, self.path)
+                fsync_folder(os.path.dirname(self.path) or ".")
+        finally:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.temporary)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write `data` to `path`, whole and durable."""
+    with AtomicFile(path) as file:
+        file.write(data)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one byte form of a JSON value that zeroray writes: sorted keys, two spaces, a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a JSON value to `path`, whole and durable."""
+    write_bytes(path, json_bytes(value))
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file; raises ValueError naming the path when it is damaged."""
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged JSON ({error})") from error
+
+
+def create_exclusive(path: str, data: bytes) -> bool:
+    """Write `data` to `path` unless it exists; returns whether this caller created it. Exactly one caller wins."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{path}.tmp-{uuid.uuid4().hex[:12]}"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    fsync_folder(folder)
+    return True
+
+
+def file_sha256(path: str) -> str:
+    """SHA-256 (hex) of a whole file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """Return `value` with `self_sha256`, the hash of everything else in it, so that a flipped bit is seen."""
+    body = {k: v for k, v in value.items() if k != "self_sha256"}
+    return {**body, "self_sha256": hashlib.sha256(json_bytes(body)).hexdigest()}
+
+
+def unseal(path: str) -> dict[str, Any]:
+    """Read a sealed JSON object; raises ValueError naming the path when its hash does not match."""
+    value = read_json(path)
+    if not isinstance(value, dict) or value != seal(value):
+        raise ValueError(f"{path}: damaged, its content does not match its own hash")
+    return value
+
+
+def generations(folder: str) -> list[int]:
+    """The generations claimed in `folder`, ascending."""
+    if not os.path.isdir(folder):
+        return []
+    found = (re.fullmatch(r"gen-(\d+)\.json", name) for name in os.listdir(folder))
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def claim_generation(folder: str, owner: dict[str, Any]) -> int:
+    """Claim and return the next generation of `folder`; `owner` is recorded in it for a person to read."""
+    while True:
+        number = max(generations(folder), default=0) + 1
+        record = {
+            "generation": number,
+            "claimed_at": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            **owner,
+        }
+        if create_exclusive(f"{folder}/gen-{number:04d}.json", json_bytes(record)):
+            return number
+
+
+def process_start(pid: int) -> str:
+    """The kernel's start time of a process, which tells it from a later one with the same pid; empty if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+class Lease:
+    """One holder at a time for a piece of work; the holder's heartbeat is the lease file's content.
+
+    A holder on this machine whose process is gone is taken over at once; one elsewhere after `EXPIRY_S` seconds in
+    which its heartbeat did not change. Two holders are possible for an instant after a takeover, and harmless: what
+    they write is the same bytes under atomic names, and commits are fenced by generation.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._beat: threading.Thread | None = None
+
+    def _record(self, beat: int) -> bytes:
+        pid = os.getpid()
+        return json_bytes(
+            {"token": self.token, "host": socket.gethostname(), "pid": pid, "start": process_start(pid), "beat": beat}
+        )
+
+    def holder(self) -> dict[str, Any] | None:
+        """The present holder's record, or None when nobody holds the lease or its holder is known to be dead."""
+        try:
+            record = read_json(self.path)
+        except (FileNotFoundError, ValueError):
+            return None
+        if record["host"] == socket.gethostname() and process_start(record["pid"]) != record["start"]:
+            return None
+        return dict(record)
+
+    def try_acquire(self) -> bool:
+        """Take the lease if it is free or its holder on this machine is dead; returns whether it is ours."""
+        if self.holder() is None:
+            self._break()
+        if not create_exclusive(self.path, self._record(0)):
+            return False
+        self._beat = threading.Thread(target=self._keep, daemon=True)
+        self._beat.start()
+        return True
+
+    def acquire(self, poll_s: float = 0.5) -> Iterator[dict[str, Any]]:
+        """Wait for the lease, yielding the present holder's record at every poll; ends when it is ours."""
+        seen, since = None, time.monotonic()
+        while not self.try_acquire():
+            record = self.holder()
+            if record != seen:
+                seen, since = record, time.monotonic()
+            elif time.monotonic() - since > EXPIRY_S:
+                self._break()
+            if record is not None:
+                yield record
+            time.sleep(poll_s)
+
+    def release(self) -> None:
+        """Give the lease back."""
+        self._stop.set()
+        if self._beat is not None:
+            self._beat.join()
+            self._break()
+
+    def _break(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+    def _keep(self) -> None:
+        beat = 0
+        while not self._stop.wait(HEARTBEAT_S):
+            beat += 1
+            # A full disk must not end the holder; a missed beat only makes others wait or, after EXPIRY_S, take over.
+            with contextlib.suppress(OSError):
+                write_bytes(self.path, self._record(beat))

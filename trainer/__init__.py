@@ -1,0 +1,1 @@
+"""Batches to model: the decoder, the engines, the checkpoint and the loop."""
