@@ -1,0 +1,20 @@
+"""Objectives by name: what is minimized, as a scalar SUM over labels; the engine divides by the labels of all ranks.
+
+objective(model, batch, options) -> Tensor      batch = `Batch.tensors()`, options = `objective.options`
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from conf.registry import OBJECTIVES
+from conf.schema import refuse
+
+
+@OBJECTIVES.register("causal_lm")
+def causal_lm(model: nn.Module, batch: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+    """Cross-entropy of the next token."""
+    if options:
+        raise refuse("objective.options", options, "causal_lm has no options", "remove objective.options")
+    loss: Tensor = model(**batch)
+    return loss
