@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +30,9 @@ def refuse(key: str, value: object, reason: str, way_out: str) -> ValueError:
 
 
 def positive(prefix: str, thing: object, *names: str) -> None:
-    """Refuse any of the attributes `names` of `thing` that is not above zero."""
+    """Refuse any of the attributes `names` of `thing` that is not a finite number above zero."""
     for name in names:
-        if getattr(thing, name) <= 0:
+        if not 0 < getattr(thing, name) < math.inf:
             raise refuse(f"{prefix}.{name}", getattr(thing, name), "must be above 0", f"for example {prefix}.{name}=1")
 
 
@@ -144,7 +145,14 @@ class Tokenizer:
     sample_bytes: int = 16_000_000
 
     def __post_init__(self) -> None:
-        """Refuse vocabularies too small for 256 bytes and the special tokens."""
+        """Refuse vocabularies too small for 256 bytes and the special tokens, and an import of nothing."""
+        if self.name == "file" and not self.path:
+            raise refuse(
+                "tokenizer.path",
+                self.path,
+                "tokenizer=file imports a tokenizer.json, and none is named",
+                "for example tokenizer.path=/data/tokenizer.json, or tokenizer=bpe to train one",
+            )
         if self.path is None and self.vocab_size < 260:
             raise refuse(
                 "tokenizer.vocab_size", self.vocab_size, "must hold 256 bytes and the special tokens", "use 260 or more"
@@ -163,12 +171,20 @@ class Data:
     filters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse sizes and fractions that cannot be."""
+        """Refuse sizes, fractions and filters that cannot be."""
         positive("data", self, "row_tokens", "task_bytes", "max_document_bytes")
         for name in ("heldout_fraction", "quarantine_limit"):
             if not 0 <= getattr(self, name) < 1:
                 raise refuse(
                     f"data.{name}", getattr(self, name), "must be from 0 to below 1", f"for example data.{name}=0.01"
+                )
+        for name, parameters in self.filters.items():
+            if not isinstance(parameters, dict):
+                raise refuse(
+                    f"data.filters.{name}",
+                    parameters,
+                    "must be the filter's parameters by name",
+                    f"for example data.filters.{name}={{chars: 200}}, or data.filters.{name}={{}} for its defaults",
                 )
 
 
@@ -271,8 +287,15 @@ class Optim:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a learning rate that cannot learn."""
-        positive("optim", self, "lr")
+        """Refuse a learning rate that cannot learn, and rates outside their range."""
+        positive("optim", self, "lr", "eps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise refuse(
+                    f"optim.{name}", getattr(self, name), "must be from 0 to below 1", f"for example optim.{name}=0.9"
+                )
+        if not 0 <= self.weight_decay < math.inf:
+            raise refuse("optim.weight_decay", self.weight_decay, "must be 0 or more", "for example 0.1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -287,7 +310,9 @@ class Schedule:
         """Refuse fractions outside 0 to 1."""
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise refuse(f"schedule.{name}", getattr(self, name), "must be from 0 to 1", "for example 0.1")
+                raise refuse(
+                    f"schedule.{name}", getattr(self, name), "must be from 0 to 1", f"for example schedule.{name}=0.1"
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -343,6 +368,7 @@ class Tracker:
 class Run:
     """What to do: everything a run is, as one object."""
 
+    version: int = op(VERSION)
     run: RunInfo = field(default_factory=RunInfo)
     paths: Paths = field(default_factory=Paths)
     stages: list[Stage] = op(factory=lambda: list(Stage))
@@ -361,6 +387,8 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot run."""
+        if self.version != VERSION:
+            raise refuse("version", self.version, f"this zeroray reads version {VERSION}", "leave version out")
         if self.data.row_tokens > self.model.max_positions:
             raise refuse(
                 "data.row_tokens",
@@ -372,6 +400,9 @@ class Run:
             raise refuse("zero.stage", self.zero.stage, "train.engine=plain has no ZeRO", "use train.engine=deepspeed")
         if not self.stages:
             raise refuse("stages", "[]", "nothing to do", "for example stages=[prepare,train,evaluate,export]")
+        if len(set(self.stages)) != len(self.stages):
+            names = list(dict.fromkeys(stage.name for stage in self.stages))
+            raise refuse("stages", "[...]", "a stage is named twice", f"use stages=[{','.join(names)}]")
 
 
 def plain(value: object) -> Any:
