@@ -22,10 +22,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from conf.keys import EVERY_KEY, Names, example, leaf_types, names, refuse_unknown
-from conf.overrides import checked, refuse_resolvers
+from conf.keys import EVERY_KEY, Names, describe, example, leaf_types, names, refuse_unknown
+from conf.overrides import checked, refuse_resolvers, texts_in
 from conf.registry import nearest
 from conf.saved import dump, load_run, run_from, to_yaml, wrong_type
 from conf.schema import Run, flatten, refuse
@@ -82,9 +82,11 @@ def _check_values(config: DictConfig, leaves: dict[str, Any], known: Names) -> N
             raise refuse_unknown(key, value, known)
         if value == "???":
             raise refuse(key, value, "has no value yet", f"for example {example(key)}")
-        if "${" in str(value):
-            refuse_resolvers(key, str(value))
-            _check_interpolation(config, key, str(value), known)
+        texts = [text for text in texts_in(value) if "${" in text]
+        for text in texts:
+            refuse_resolvers(key, text)
+        if texts:
+            _check_interpolation(config, key, texts[0], known)
 
 
 def _check_interpolation(config: DictConfig, key: str, value: str, known: Names) -> None:
@@ -93,6 +95,9 @@ def _check_interpolation(config: DictConfig, key: str, value: str, known: Names)
         node = OmegaConf.select(config, key)
         if OmegaConf.is_config(node):
             OmegaConf.to_container(node, resolve=True)
+    except ValidationError as error:
+        reason = f"gives no {describe(leaf_types().get(key, str))}".replace("no a ", "no ")
+        raise refuse(key, value, reason, f"for example {example(key)}") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         other = re.search(r"Interpolation key '(.+)' not found", reason)
@@ -111,13 +116,13 @@ def explained(error: Exception, typed: list[str], known: Names) -> ValueError:
     key = found.group(1) if found else ""
     leaf = re.sub(r"\[\d+\]$", "", key)
     if leaf in leaf_types():
-        return wrong_type(key, _typed_value(leaf, typed, text), leaf_types()[leaf])
+        return wrong_type(key, *_wrong_value(leaf, typed, text))
     if key:
         where = re.search(r"In '([^']+)'", str(error))
         return refuse_unknown(key, f"... (in {where.group(1)}.yaml)" if where else "...", known)
     gone = re.search(r"Could not delete from config. '(.+)' does not exist", str(error))
     if gone:
-        return refuse(f"~{gone.group(1)}", "", "is not there to be removed", EVERY_KEY)
+        return ValueError(f"~{gone.group(1)}: is not there to be removed\n{EVERY_KEY}")
     return ValueError("\n".join([*str(error).strip().splitlines()[:2], EVERY_KEY]))
 
 
@@ -130,11 +135,12 @@ def _no_such_file(error: MissingConfigException, known: Names) -> ValueError:
     return refuse(group or "defaults", option, reason, f"options: {', '.join(options)}")
 
 
-def _typed_value(key: str, typed: list[str], text: str) -> str:
-    """The value that was refused: as typed, or as OmegaConf quotes it when it came from YAML."""
+def _wrong_value(key: str, typed: list[str], text: str) -> tuple[str, Any, str]:
+    """The value that was refused, as typed where it was typed; its type; and the part of it that OmegaConf names."""
     values = [text.partition("=")[2] for text in typed if text.lstrip("+").partition("=")[0] == key]
-    quoted = re.search(r"Value '(.*)' of type|Invalid value '(.*?)'", text)
-    return values[-1] if values else next((part for part in quoted.groups() if part), "...") if quoted else "..."
+    quoted = re.search(r"[Vv]alue '(.*?)'", text)
+    part = quoted.group(1) if quoted else "..."
+    return values[-1] if values else part, leaf_types()[key], part
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ completion answers quickly.
 """
 
 import dataclasses
+import difflib
 import enum
 import functools
 import os
@@ -68,13 +69,16 @@ class Names:
         return next((name for name in above if is_dict(self.types.get(name))), "")
 
     def nearest(self, key: str) -> str:
-        """` (did you mean ...?)` for a mistyped key: one of the same last name first, then what is spelled alike."""
-        last = key.rpartition(".")[2]
-        known = [*self.types, *self.groups]
-        same = [name for name in known if name.rpartition(".")[2] == last]
-        if len(same) == 1:
-            return f" (did you mean {same[0]!r}?)"
-        return nearest(key, same or known) or nearest(key.replace("/", "."), known)
+        """` (did you mean ...?)` for a mistyped key, by the spelling of the whole and of its last name."""
+        best = max([*self.types, *self.groups], key=lambda name: _likeness(key, name))
+        return f" (did you mean {best!r}?)" if _likeness(key, best) >= 0.55 else ""
+
+
+def _likeness(typed: str, name: str) -> float:
+    """How alike two dotted keys are, from 0 to 1: `train.lr` is nearer to `optim.lr` than to `train.steps`."""
+    pairs = [(typed.replace("/", "."), name)]
+    pairs.append((pairs[0][0].rpartition(".")[2], name.rpartition(".")[2]))
+    return sum(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs) / 2
 
 
 def names(config_dir: str | None = None) -> Names:

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 
 from conf.keys import EVERY_KEY, Names, example, is_dict, refuse_unknown
 from conf.registry import nearest
+from conf.saved import wrong_type
 from conf.schema import flatten, refuse
 
 QUOTING = "quote a value that has , = : # { [ ( ~ or letters beyond ASCII:"
@@ -30,7 +31,11 @@ def checked(texts: list[str], names: Names) -> list[str]:
     for override in overrides:
         if override.is_sweep_override():
             raise _several_values(override)
-    return [_accepted(override, names) for override in overrides]
+    accepted = [_accepted(override, names) for override in overrides]
+    if "experiment=null" in accepted:  # Hydra has no word for choosing nothing again
+        last = max(at for at, text in enumerate(accepted) if text == "experiment=null")
+        accepted = [text for at, text in enumerate(accepted) if at > last or not text.startswith("experiment=")]
+    return accepted
 
 
 def jobs(texts: list[str], names: Names) -> list[list[str]]:
@@ -71,6 +76,17 @@ def refuse_resolvers(key: str, text: str) -> None:
     raise refuse(key, text, "only ${other.key} may be filled in", r"write \${ for the text itself")
 
 
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value, keys and items of lists and dicts included."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+    elif isinstance(value, str):
+        yield value
+
+
 def _accepted(override: Override, names: Names) -> str:
     """One override in the form that Hydra applies; raises ValueError for what is unknown or must not be."""
     key, value = override.key_or_group, _value_text(override)
@@ -86,7 +102,9 @@ def _accepted(override: Override, names: Names) -> str:
     if kind == "unknown":
         raise refuse_unknown(key, value, names)
     if override.is_delete():
-        raise refuse(f"~{key}", "", "a key cannot be removed", f"set it instead, for example {example(key)}")
+        raise ValueError(f"~{key}: a key cannot be removed\nset it instead, for example {example(key)}")
+    if names.types[key] is bool and not isinstance(override.value(), bool | str):
+        raise wrong_type(key, value, bool)  # OmegaConf would take 2 for true
     return f"{key}={value}"
 
 
@@ -98,7 +116,7 @@ def _group_choice(override: Override, value: str, names: Names) -> str:
         return "experiment=null"
     way_out = f"options: {', '.join(options)}"
     if override.is_delete():
-        raise refuse(f"~{group}", "", "a run has one of each group", way_out)
+        raise ValueError(f"~{group}: a run has one of each group\n{way_out}")
     if chosen not in options:
         below = f"; its keys are set one by one: {group}.key=value" if isinstance(chosen, dict) else ""
         raise refuse(group, value, f"no such option{nearest(str(chosen), options)}", f"{way_out}{below}")
@@ -109,8 +127,10 @@ def _free_form(override: Override, value: str, names: Names) -> str:
     """A name in a free-form dict: new or not, added without ceremony, or removed with `~`."""
     key = override.key_or_group
     whole = names.free_form_of(key) == key
-    if override.is_delete():
+    if override.is_delete() and not whole:
         return f"~{key}"
+    if override.is_delete():
+        raise ValueError(f"~{key}: removes all at once\nremove one by one: ~{key}.name")
     if whole and not (isinstance(override.value(), dict) and override.value()):
         raise refuse(key, value, "takes names with values", f"for example {example(key)}; ~{key}.name removes one")
     return f"++{key}={value}"
@@ -155,6 +175,8 @@ def _several_values(override: Override) -> ValueError:
 def _no_value(text: str, names: Names) -> ValueError:
     """The error for a word without `=`: perhaps an option whose group was left out, perhaps a key."""
     owners = [group for group, options in names.groups.items() if text in options]
+    if text in names.types:
+        return ValueError(f"{text}: an override is written key=value\nfor example {example(text)}")
     guess = f" (did you mean '{owners[-1]}={text}'?)" if owners else names.nearest(text)
     return ValueError(f"{text}: an override is written key=value{guess}\n{EVERY_KEY}")
 

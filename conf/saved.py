@@ -9,6 +9,7 @@ Keys that are missing take their default; keys that are unknown are refused with
 
 import dataclasses
 import enum
+import re
 import types
 import typing
 from typing import Any
@@ -94,11 +95,14 @@ def _scalar_from(kind: type, value: Any, key: str) -> Any:
     raise wrong_type(key, value, kind)
 
 
-def wrong_type(key: str, value: Any, kind: Any) -> ValueError:
-    """The error for a value of the wrong type."""
-    known = choices(kind)
-    hint = nearest(str(value), known) if known else ""
-    return refuse(key, value, f"must be {describe(leaf_types().get(key, kind))}{hint}", f"for example {example(key)}")
+def wrong_type(key: str, value: Any, kind: Any, part: str | None = None) -> ValueError:
+    """The error for a value of the wrong type; `part` is what is wrong in a value that is a list."""
+    leaf = re.sub(r"\[\d+\]$", "", key)
+    inner = next(iter(typing.get_args(kind)), kind) if typing.get_origin(kind) is list else kind
+    hint = nearest(str(part or value), choices(inner)) if choices(inner) else ""
+    return refuse(
+        leaf, value, f"must be {describe(leaf_types().get(leaf, kind))}{hint}", f"for example {example(leaf)}"
+    )
 
 
 def _first_leaf(node: str) -> str:

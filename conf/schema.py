@@ -26,14 +26,17 @@ def op(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING
 
 def refuse(key: str, value: object, reason: str, way_out: str) -> ValueError:
     """The one form of a user's error: dotted key, value, reason, and what to do."""
-    return ValueError(f"{key}={value}: {reason}\n{way_out}")
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else value  # as it is typed: null, true
+    return ValueError(f"{key}={shown}: {reason}\n{way_out}")
 
 
 def positive(prefix: str, thing: object, *names: str) -> None:
     """Refuse any of the attributes `names` of `thing` that is not a finite number above zero."""
     for name in names:
         if not 0 < getattr(thing, name) < math.inf:
-            raise refuse(f"{prefix}.{name}", getattr(thing, name), "must be above 0", f"for example {prefix}.{name}=1")
+            usual = type(thing).__dataclass_fields__[name].default  # type: ignore[attr-defined]
+            way_out = f"for example {prefix}.{name}={usual}"
+            raise refuse(f"{prefix}.{name}", getattr(thing, name), "must be above 0", way_out)
 
 
 class Stage(enum.Enum):
@@ -87,7 +90,9 @@ class RunInfo:
     allow: list[str] = op(factory=list)
 
     def __post_init__(self) -> None:
-        """Refuse names that are not one plain folder name."""
+        """Refuse names that are not one plain folder name, and seeds that generators do not take."""
+        if not 0 <= self.seed < 2**63:
+            raise refuse("run.seed", self.seed, "must be from 0 to below 2**63", "for example run.seed=0")
         plain = self.name.replace("-", "").replace("_", "").replace(".", "")
         if not plain.isalnum() or not self.name.isascii() or self.name.startswith((".", "-")):
             raise refuse(
@@ -179,12 +184,12 @@ class Data:
                     f"data.{name}", getattr(self, name), "must be from 0 to below 1", f"for example data.{name}=0.01"
                 )
         for name, parameters in self.filters.items():
-            if not isinstance(parameters, dict):
+            if not isinstance(parameters, dict | None):
                 raise refuse(
                     f"data.filters.{name}",
                     parameters,
                     "must be the filter's parameters by name",
-                    f"for example data.filters.{name}={{chars: 200}}, or data.filters.{name}={{}} for its defaults",
+                    f"for example data.filters.{name}.limit=200, or data.filters.{name}={{}} for its defaults",
                 )
 
 
