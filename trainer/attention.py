@@ -14,8 +14,8 @@ several documents, and none sees another). Shapes, everywhere in this room:
     varlen        no mask: each document is its own sequence (flash kernels on CUDA in bf16 and fp16, a loop elsewhere)
     attend        the one chosen by `model.attention`; `auto` follows `fastest`
 
-The surprise: documents of one length are one call for the loop, and whole rows are the most common length, so without
-short documents varlen is a single causal call; with many short ones the calls cost more than the mask does.
+The surprise: documents of one length are one call of the loop, and whole rows are the most common length, so even on a
+CPU many calls are cheaper than one under a mask, except in rows so short that the mask is nothing.
 """
 
 import functools
@@ -168,11 +168,15 @@ def varlen_cuda(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor
     return mixed
 
 
-def fastest(q: Tensor, documents: Documents) -> Attention:
-    """Which kernel `auto` means for this batch."""
+def fastest(q: Tensor) -> Attention:
+    """Which kernel `auto` means: a flash kernel where one takes `q`, else by device and row length.
+
+    On a CPU (one thread, forward and backward, documents of 3 to 2,000 tokens on average) the loop took against the
+    mask 0.9 to 3.3 times the time in rows of 32 to 128 tokens, 0.5 to 1.0 at 256, 0.1 to 0.8 at 1,024 and 2,048.
+    """
     if q.device.type != "cpu":
         return Attention.varlen if varlen_kernel(q) else Attention.sdpa
-    return Attention.varlen
+    return Attention.varlen if q.shape[1] >= 256 else Attention.sdpa
 
 
 KERNELS = {Attention.formula: formula, Attention.sdpa: sdpa, Attention.varlen: varlen}
@@ -181,5 +185,5 @@ KERNELS = {Attention.formula: formula, Attention.sdpa: sdpa, Attention.varlen: v
 def attend(kind: Attention, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Attention by the kernel that `model.attention` names."""
     if kind is Attention.auto:
-        kind = fastest(q, documents)
+        kind = fastest(q)
     return KERNELS[kind](q, k, v, documents)
