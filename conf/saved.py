@@ -22,7 +22,9 @@ from conf.schema import Run, plain, refuse
 
 
 def dump(tree: Any) -> str:
-    """Plain values as YAML, in their own order."""
+    """Plain values as YAML, in their own order; a single value as itself."""
+    if not isinstance(tree, dict | list):
+        return f"{tree}\n"
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
