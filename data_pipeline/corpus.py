@@ -1,0 +1,129 @@
+"""Which files a corpus is, and how they are split into tasks.
+
+    list_corpus(corpus) -> Listing(root, files)     sorted names relative to one root, with size and mtime
+    split_tasks(files, task_bytes, reader) -> tasks  many small files in one task, a big splittable file in many tasks
+
+Names, not paths, go into keys and outputs, so that a corpus that moved (with its times) is still the same corpus.
+"""
+
+import fnmatch
+import glob
+import os
+import stat
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from conf.registry import READERS
+from conf.schema import Corpus, refuse
+
+
+@dataclass(slots=True)
+class Listing:
+    """The files of a corpus below `root`: dicts of name, size, mtime_ns, and `broken` where one cannot be opened."""
+
+    root: str
+    files: list[dict[str, Any]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(f["size"] for f in self.files)
+
+
+def facts(root: str, name: str) -> dict[str, Any]:
+    """Name, size and mtime of one file. What is no regular file (a FIFO would block for ever) is marked `broken`."""
+    path = os.path.join(root, name)
+    if not name.isascii() and name != name.encode(errors="replace").decode():
+        shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return {"name": shown, "size": 0, "mtime_ns": 0, "broken": "file_name_not_utf8"}
+    try:
+        found = os.stat(path)
+    except OSError:
+        return {"name": name, "size": 0, "mtime_ns": 0, "broken": "unreadable"}
+    if not stat.S_ISREG(found.st_mode):
+        return {"name": name, "size": 0, "mtime_ns": 0, "broken": "not_a_file"}
+    return {"name": name, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def list_corpus(corpus: Corpus) -> Listing:
+    """Find the files of a corpus; raises ValueError when a path does not exist or no file is found."""
+    reader = READERS.get(corpus.reader)()
+    roots, paths = [], set()
+    for entry in _entries(corpus):
+        root, found = _expand(entry, corpus.include or reader.include)
+        roots.append(root)
+        paths.update(found)
+    root = os.path.commonpath(roots)
+    names = (os.path.relpath(path, root) for path in paths)
+    chosen = [name for name in names if _chosen(name, corpus)]
+    files = [f for f in (facts(root, name) for name in sorted(chosen, key=os.fsencode)) if reader.wants(f)]
+    if not files:
+        raise refuse(
+            "corpus.path", corpus.path, "no files found", "name a folder with files, or check corpus.include/exclude"
+        )
+    return Listing(root, files)
+
+
+def _entries(corpus: Corpus) -> list[str]:
+    if corpus.path is None and corpus.reader == "python_stdlib":
+        return [sysconfig.get_path("stdlib")]
+    entries = [corpus.path] if isinstance(corpus.path, str) else list(corpus.path or [])
+    if not entries:
+        raise refuse("corpus.path", corpus.path, "no corpus is given", "for example corpus.path=/data/*.jsonl")
+    for entry in entries:
+        if "://" in entry:
+            raise refuse("corpus.path", entry, "remote paths cannot be read yet", "copy the files to a folder first")
+    return [os.path.abspath(os.path.expanduser(entry)) for entry in entries]
+
+
+def _expand(entry: str, include: list[str]) -> tuple[str, list[str]]:
+    if os.path.isdir(entry):
+        return entry, list(_walk(entry, include))
+    if os.path.lexists(entry):
+        return os.path.dirname(entry), [entry]
+    if not glob.has_magic(entry):
+        raise refuse("corpus.path", entry, "no such file or folder", "check the path on the machine that reads it")
+    parts = entry.split(os.sep)
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = os.sep.join(parts[:fixed]) or os.sep
+    return root, [path for path in glob.glob(entry, recursive=True) if not os.path.isdir(path)]
+
+
+def _walk(folder: str, include: list[str]) -> Iterator[str]:
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("__pycache__", "site-packages"))
+        for name in names:
+            relative = os.path.relpath(os.path.join(here, name), folder)
+            if not name.startswith(".") and _matches(relative, include):
+                yield os.path.join(here, name)
+
+
+def _chosen(name: str, corpus: Corpus) -> bool:
+    return not _matches(name, corpus.exclude) and (not corpus.include or _matches(name, corpus.include))
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def split_tasks(files: list[dict[str, Any]], task_bytes: int, reader: Any) -> list[dict[str, Any]]:
+    """Split a listing into tasks of about `task_bytes`; the same listing gives the same tasks on every machine."""
+    tasks: list[list[dict[str, Any]]] = []
+    room = 0
+    for piece in _pieces(files, task_bytes, reader):
+        size = piece["last"] - piece["first"]
+        if not tasks or size > room:
+            tasks.append([])
+            room = task_bytes
+        tasks[-1].append(piece)
+        room -= size
+    return [{"number": number, "pieces": pieces} for number, pieces in enumerate(tasks)]
+
+
+def _pieces(files: list[dict[str, Any]], task_bytes: int, reader: Any) -> Iterator[dict[str, Any]]:
+    for file in files:
+        step = task_bytes if reader.splits(file["name"]) else max(file["size"], 1)
+        for first in range(0, max(file["size"], 1), step):
+            yield {**file, "first": first, "last": min(first + step, file["size"])}

@@ -1,0 +1,59 @@
+"""Filters: trivial reasons to leave a document out.
+
+A filter is a function `f(text, **params) -> str | None` in `FILTERS`: the reason when the document is dropped, None
+when it passes. `data.filters={name: {param: value}}` chooses them. Every filter sees every document, and its verdict
+is kept in the document index; what is kept is decided when tokens are made. The reason that is counted is that of the
+first filter in the config's order that gave one.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from conf.registry import FILTERS
+from conf.schema import refuse
+
+Filter = Callable[[str], str | None]
+
+
+@FILTERS.register("min_chars")
+def min_chars(text: str, limit: int) -> str | None:
+    """Drop documents of fewer than `limit` characters."""
+    return "too_short" if len(text) < limit else None
+
+
+@FILTERS.register("max_chars")
+def max_chars(text: str, limit: int) -> str | None:
+    """Drop documents of more than `limit` characters."""
+    return "too_long" if len(text) > limit else None
+
+
+@FILTERS.register("min_words")
+def min_words(text: str, limit: int) -> str | None:
+    """Drop documents of fewer than `limit` words between white space."""
+    return "too_few_words" if len(text.split()) < limit else None
+
+
+@FILTERS.register("max_line_chars")
+def max_line_chars(text: str, limit: int) -> str | None:
+    """Drop documents with a line of more than `limit` characters: data, not prose or code."""
+    return "long_line" if max(map(len, text.split("\n"))) > limit else None
+
+
+def build_filters(config: dict[str, Any]) -> dict[str, Filter]:
+    """The chosen filters with their parameters bound; raises ValueError for unknown names and parameters."""
+    return {name: _bind(name, params) for name, params in config.items()}
+
+
+def _bind(name: str, params: Any) -> Filter:
+    chosen = FILTERS.get(name)
+    values = {} if params is None else params
+    signature = inspect.signature(chosen)
+    if not isinstance(values, dict):
+        raise refuse(f"data.filters.{name}", params, "must be {parameter: value}", f"{name} takes {signature}")
+    try:
+        signature.bind("", **values)
+    except TypeError as error:
+        raise refuse(f"data.filters.{name}", params, str(error), f"{name} takes {signature}") from error
+    return functools.partial(chosen, **values)
