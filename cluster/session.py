@@ -22,6 +22,7 @@ import os
 import secrets
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,10 +76,21 @@ def connect(run: Run) -> Iterator[Session]:
     """
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # or `uv run` would rebuild an environment in every worker
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if connected():
+        session = describe(private=False)
+        check_ranks(run, session.cpus)
+        yield session
+        return
     address, source = chosen_address(run)
     with joined(address, source) if address else private(run) as session:
         check_ranks(run, session.cpus)
         yield session
+
+
+def connected() -> bool:
+    """Whether this process already has a Ray: a program that uses us as a library, or a test."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def chosen_address(run: Run) -> tuple[str | None, str]:
@@ -158,7 +170,7 @@ def start_private(port: int | None, folder: str) -> Session:
     import ray
 
     with own_process_groups():
-        context = ray.init(
+        ray.init(
             address="local",
             num_cpus=available_cpus(),
             include_dashboard=True,
@@ -169,7 +181,7 @@ def start_private(port: int | None, folder: str) -> Session:
             logging_level=logging.ERROR,
             _temp_dir=folder,
         )
-    return describe(context, private=True)
+    return describe(private=True)
 
 
 @contextlib.contextmanager
@@ -243,10 +255,10 @@ def join(address: str, source: str) -> Session:
     use_auth_token_if_there()
     try:
         answering(address)
-        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         raise down(address, source, error) from error
-    session = describe(context, private=False)
+    session = describe(private=False)
     if is_open(session.dashboard_url):
         log.warning(
             "the Ray cluster at %s has no auth: who reaches it can run code on it (RAY_AUTH_MODE=token)", address
@@ -316,15 +328,16 @@ def is_open(dashboard_url: str) -> bool:
         return False
 
 
-def describe(context: Any, private: bool) -> Session:
-    """What is known of the Ray that this process just connected to."""
+def describe(private: bool) -> Session:
+    """What is known of the Ray that this process is connected to."""
     import ray
+    from ray._private import worker
 
     resources = ray.cluster_resources()
-    url = context.dashboard_url or ""
+    url = worker.get_dashboard_url() or ""
     return Session(
         private=private,
-        address=context.address_info["gcs_address"],
+        address=ray.get_runtime_context().gcs_address,
         dashboard_url=f"http://{url}" if url else "",
         cpus=resources.get("CPU", 0.0),
         gpus=resources.get("GPU", 0.0),
