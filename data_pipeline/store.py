@@ -161,9 +161,11 @@ def process_start(pid: int) -> str:
     """The kernel's start time of a process, which tells it from a later one with the same pid; empty if it is gone."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[19]
+            state, *fields = file.read().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return ""
+    # A killed process that nobody reaps (in containers without an init) stays in the table for ever.
+    return "" if state in "ZX" else fields[18]
 
 
 class Lease:
