@@ -11,6 +11,7 @@ not to divide by the number of micro-batches. Its own clipping would be 1.0 unle
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -120,6 +121,8 @@ def join_deepspeed() -> None:
     refuse_stale_locks()
     # Building takes minutes, and a killed build leaves a lock that stops every later start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls two collectives by their old names, at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 

@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One committed checkpoint of the run in `run_folder`; `seconds` is how long its save took, if it was just saved."""
+    """One committed checkpoint of the run in `run_folder`; `seconds` is how long saving it took, if just saved."""
 
     run_folder: str
     step: int
