@@ -148,7 +148,13 @@ def _part(tree: dict[str, Any], package: str | None) -> Any:
     try:
         return functools.reduce(lambda node, name: node[name], package.split("."), tree) if package else tree
     except (KeyError, TypeError):
-        raise refuse("--package", package, f"no such key{names().nearest(str(package))}", "leave it out") from None
+        raise refuse("--package", package, f"no such key{_nearest_part(str(package))}", "leave it out") from None
+
+
+def _nearest_part(package: str) -> str:
+    """` (did you mean ...?)` among groups of keys and keys."""
+    known = names()
+    return nearest(package, [*known.nodes, *known.types])
 
 
 def help_text(prog: str, known: Names) -> str:
