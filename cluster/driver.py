@@ -1,0 +1,135 @@
+"""`zeroray run`: the driver, one process that holds a run's lease and takes it to its end.
+
+    run_command(words)      Hydra overrides -> one Run, or several with --multirun (conf.app)
+    drive(run)              this run, every way it can end told as an exit code, in the ledger and in driver.log
+        check owners, torch -> claim the folder -> admit -> ledger `start` -> cluster.graph.execute -> ledger `end`
+
+Whatever goes wrong after the run began leaves an `end` in the ledger; a driver that is killed leaves none, which is how
+`status` knows that it is dead. A traceback goes to driver.log; the console gets what happened and where to look.
+"""
+
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import traceback
+from types import FrameType
+
+from cluster.cli import EXIT_BAD_REQUEST, EXIT_FAILED, told
+from cluster.logs import teed
+from cluster.names import check_owners
+from cluster.policy import EXIT_HISTORY, EXIT_STOPPED
+from cluster.run_folder import NoValidCheckpoint, RunFolder, settle_paths
+from cluster.session import ClusterDown, inside_job
+from conf.schema import Run, Stage, refuse
+
+log = logging.getLogger("zeroray")
+
+END_STATES = {0: "done", 3: "done", EXIT_STOPPED: "stopped", EXIT_HISTORY: "refused", EXIT_BAD_REQUEST: "refused"}
+TRAIN_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
+
+
+def run_command(words: list[str]) -> int:
+    """Everything after `zeroray run`."""
+    from conf.app import run_app
+
+    return run_app(words, drive)
+
+
+def drive(run: Run) -> int:
+    """Take one run to its end; returns the exit code and raises nothing."""
+    signal.signal(signal.SIGTERM, interrupt)
+    folder = None
+    try:
+        settle_paths(run, inside_job())
+        folder = RunFolder(run.paths.runs, run.run.name)
+        check_owners()
+        check_packages(run)
+        with folder.claimed():
+            return admitted(run, folder)
+    except ValueError as error:
+        return told(error)
+    except NoValidCheckpoint as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_HISTORY
+    except OSError as error:
+        sys.stderr.write(
+            f"{folder.path if folder else run.paths.runs}: {error}\nuse another folder: paths.runs=FOLDER\n"
+        )
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted before anything was started\n")
+        return EXIT_STOPPED
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """SIGTERM before the stage graph takes over is a Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def check_packages(run: Run) -> None:
+    """Refuse training where only the data part is installed."""
+    import importlib.util
+
+    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing and set(run.stages) != {Stage.prepare}:
+        names = ",".join(stage.name for stage in run.stages)
+        way_out = "prepare data alone: stages=[prepare]; or install them: pip install 'zeroray[train]' (torch first)"
+        raise refuse("stages", f"[{names}]", f"{', '.join(missing)} is not installed", way_out)
+
+
+def admitted(run: Run, folder: RunFolder) -> int:
+    """Admit the run to its folder and execute it there, with an `end` in the ledger whatever happens."""
+    how = folder.admit(run)
+    begun = len(folder.events())
+    command = shlex.join(["zeroray", *sys.argv[1:]])
+    folder.ledger.append(
+        "start", pid=os.getpid(), host=socket.gethostname(), command=command, job=os.environ.get("RAY_JOB_ID"), how=how
+    )
+    with teed(folder):
+        show_log()
+        code, reason = executed(run, folder)
+    if not any(event["event"] == "end" for event in folder.events()[begun:]):
+        folder.ledger.append("end", state=END_STATES.get(code, "failed"), exit_code=code, reason=reason)
+    return code
+
+
+def executed(run: Run, folder: RunFolder) -> tuple[int, str]:
+    """Execute the stage graph; returns the exit code and, where it is not plain, the reason."""
+    from cluster.graph import execute
+
+    try:
+        code: int = execute(run, folder)
+        return code, ""
+    except ValueError as error:
+        return told(error), first_line(error)
+    except NoValidCheckpoint as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_HISTORY, first_line(error)
+    except ClusterDown as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_FAILED, first_line(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command continues\n")
+        return EXIT_STOPPED, "interrupted"
+    except Exception as error:
+        with open(folder.driver_log, "a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        sys.stderr.write(f"{type(error).__name__}: {first_line(error)}\nthe whole story: {folder.driver_log}\n")
+        return EXIT_FAILED, f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def show_log() -> None:
+    """Send the program's own log to the console and so to driver.log; other libraries' from warnings on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
