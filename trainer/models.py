@@ -16,7 +16,7 @@ from torch import nn
 
 from conf.registry import MODELS
 from conf.schema import Model, Run
-from trainer import decoder  # noqa: F401 (registers "decoder")
+from trainer import decoder, objectives  # noqa: F401 (they register "decoder" and "causal_lm")
 from trainer.initial import initialize
 
 
