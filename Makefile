@@ -20,7 +20,7 @@ quickstart: $(INSTALLED)
 	@$(BIN)/zeroray run experiment=quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not gpu"
 
 check: check-static
 	$(BIN)/python -m pytest -m unit
@@ -36,7 +36,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu --junitxml=runs/test-gpu.xml
+	$(BIN)/python tests/gpu_verdict.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
