@@ -1,4 +1,4 @@
-"""`make test-gpu`: run the GPU tests and print one JSON verdict, also into runs/test-gpu.json. Exit 0 when all passed."""
+"""`make test-gpu`: run the GPU tests; one JSON verdict, also in runs/test-gpu.json. Exit 0 when all passed."""
 
 import json
 import sys
