@@ -151,6 +151,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         """Refuse vocabularies too small for 256 bytes and the special tokens, and an import of nothing."""
+        positive("tokenizer", self, "sample_bytes")
         if self.name == "file" and not self.path:
             raise refuse(
                 "tokenizer.path",
@@ -263,6 +264,7 @@ class Train:
             self,
             "steps",
             "global_batch_rows",
+            "clip_norm",
             "micro_batch_rows",
             "loss_chunk_tokens",
             "eval_every",
@@ -349,6 +351,8 @@ class Cluster:
     def __post_init__(self) -> None:
         """Refuse counts of zero; gpus_per_rank=-1 means one where the cluster has GPUs."""
         positive("cluster", self, "ranks", "workers", "cpus_per_rank", "start_timeout_s")
+        if self.max_restarts < 0:
+            raise refuse("cluster.max_restarts", self.max_restarts, "must be 0 or more", "use cluster.max_restarts=0")
         if self.gpus_per_rank not in (-1, 0, 1):
             raise refuse(
                 "cluster.gpus_per_rank",

@@ -175,6 +175,8 @@ REFUSED = [
     ("optim.lr=0", "above 0", "optim.lr=0.001"),
     ("optim.beta2=1", "below 1", ""),
     ("train.steps=0", "above 0", ""),
+    ("train.clip_norm=-1", "above 0", "train.clip_norm=1.0"),
+    ("cluster.max_restarts=-1", "0 or more", ""),
     ("zero.stage=4", "no such ZeRO stage", "0, 1, 2 or 3"),
     ("corpus.path=5", "a path, a glob", ""),
     ("version=2", "reads version 1", ""),
