@@ -46,7 +46,7 @@ def generate(
 
 
 def added_text(tokenizer: Tokenizer, ids: list[int], added: list[int]) -> str:
-    """The text of `added` after `ids`: decoded together, for a character's bytes may lie on both sides."""
+    """The text of `added` after `ids`: decoded together, for some tokenizers spell the first token of a text apart."""
     before, whole = tokenizer.decode(ids), tokenizer.decode([*ids, *added])
     return str(whole[len(before) :] if whole.startswith(before) else tokenizer.decode(added))
 
