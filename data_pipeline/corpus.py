@@ -26,6 +26,10 @@ class Listing:
     root: str
     files: list[dict[str, Any]]
 
+    def unsplittable(self, task_bytes: int, reader: Any) -> int:
+        """How many files are larger than a task and still have to be one: no more workers will help."""
+        return sum(f["size"] > task_bytes and not reader.splits(f["name"]) for f in self.files)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all files."""
@@ -52,7 +56,7 @@ def list_corpus(corpus: Corpus) -> Listing:
     reader = READERS.get(corpus.reader)()
     roots, paths = [], set()
     for entry in _entries(corpus):
-        root, found = _expand(entry, corpus.include or reader.include)
+        root, found = _expand(entry, corpus.include or reader.include, reader.skip_folders)
         roots.append(root)
         paths.update(found)
     root = os.path.commonpath(roots)
@@ -78,9 +82,9 @@ def _entries(corpus: Corpus) -> list[str]:
     return [os.path.abspath(os.path.expanduser(entry)) for entry in entries]
 
 
-def _expand(entry: str, include: list[str]) -> tuple[str, list[str]]:
+def _expand(entry: str, include: list[str], skip_folders: list[str]) -> tuple[str, list[str]]:
     if os.path.isdir(entry):
-        return entry, list(_walk(entry, include))
+        return entry, list(_walk(entry, include, skip_folders))
     if os.path.lexists(entry):
         return os.path.dirname(entry), [entry]
     if not glob.has_magic(entry):
@@ -91,13 +95,25 @@ def _expand(entry: str, include: list[str]) -> tuple[str, list[str]]:
     return root, [path for path in glob.glob(entry, recursive=True) if not os.path.isdir(path)]
 
 
-def _walk(folder: str, include: list[str]) -> Iterator[str]:
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("__pycache__", "site-packages"))
+def _walk(folder: str, include: list[str], skip_folders: list[str]) -> Iterator[str]:
+    """Files below a folder, hidden ones left out; links to folders are followed, each real folder once."""
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip_folders)
         for name in names:
             relative = os.path.relpath(os.path.join(here, name), folder)
             if not name.startswith(".") and _matches(relative, include):
                 yield os.path.join(here, name)
+
+
+def _unreadable(error: OSError) -> None:
+    raise refuse(
+        "corpus.path", error.filename, f"a folder cannot be read ({error.strerror})", "make it readable, or exclude it"
+    ) from error
 
 
 def _chosen(name: str, corpus: Corpus) -> bool:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from conf.registry import READERS
 from data_pipeline import corpus, manifest
-from data_pipeline.filters import build_filters
+from data_pipeline.filters import build_filters, judge
 from data_pipeline.readers import Broken, Document, ReadOptions, Record
 
 BASE_SCHEMA = [
@@ -87,7 +87,7 @@ def _refuse_changed(root: str, piece: dict[str, Any]) -> None:
 def run(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     """Read one task's pieces, judge every document, write the index and the quarantine; returns the task's result."""
     config, folder, number = spec["config"], spec["folder"], task["number"]
-    filters = build_filters(config["filters"])
+    filters = build_filters({name: config["filters"][name] for name in config["filter_order"]})
     rows: list[dict[str, Any]] = []
     quarantine: list[dict[str, Any]] = []
     for record in records(spec["root"], config, task):
@@ -95,7 +95,8 @@ def run(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
             quarantine.append(_quarantined(record))
         else:
             row = _row(record, config["heldout_fraction"])
-            rows.append({**row, **{f"filter/{name}": judge(record.text) for name, judge in filters.items()}})
+            verdicts = {f"filter/{n}": judge(n, f, record.text, record.file) for n, f in filters.items()}
+            rows.append({**row, **verdicts})
     schema = pa.schema([*BASE_SCHEMA, *((f"filter/{name}", pa.string()) for name in filters)])
     outputs = [manifest.write_output(folder, index_name(number), _parquet(rows, schema))]
     if quarantine:

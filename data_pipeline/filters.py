@@ -43,17 +43,25 @@ def max_line_chars(text: str, limit: int) -> str | None:
 
 def build_filters(config: dict[str, Any]) -> dict[str, Filter]:
     """The chosen filters with their parameters bound; raises ValueError for unknown names and parameters."""
-    return {name: _bind(name, params) for name, params in config.items()}
+    return {name: _bind(name, params or {}) for name, params in config.items()}
 
 
-def _bind(name: str, params: Any) -> Filter:
-    chosen = FILTERS.get(name)
-    values = {} if params is None else params
-    signature = inspect.signature(chosen)
-    if not isinstance(values, dict):
-        raise refuse(f"data.filters.{name}", params, "must be {parameter: value}", f"{name} takes {signature}")
+def judge(name: str, chosen: Filter, text: str, file: str) -> str | None:
+    """A filter's verdict; raises ValueError naming the filter and the file when it fails or answers anything else."""
     try:
-        signature.bind("", **values)
+        reason = chosen(text)
+    except Exception as error:  # another package's code: whatever it raises is told with the place
+        raise ValueError(f"data.filters.{name}: failed on a document of {file}: {error!r}") from error
+    if reason is not None and not isinstance(reason, str):
+        raise ValueError(f"data.filters.{name}: answered {reason!r} for a document of {file}; a reason or None is due")
+    return reason
+
+
+def _bind(name: str, params: dict[str, Any]) -> Filter:
+    chosen = FILTERS.get(name)
+    signature = inspect.signature(chosen)
+    try:
+        signature.bind("", **params)
     except TypeError as error:
         raise refuse(f"data.filters.{name}", params, str(error), f"{name} takes {signature}") from error
-    return functools.partial(chosen, **values)
+    return functools.partial(chosen, **params)

@@ -99,11 +99,11 @@ class OrderProgram:
         return cls(segments=[first])
 
     def append(self, segment: Segment) -> None:
-        """Add a segment; it must begin later than the last one, at the sample where that step begins."""
+        """Add a segment; it begins at the sample where its step begins, not before the last segment does."""
         if len(segment.sources) != 1:
             raise refuse("corpus", len(segment.sources), "an order of several sources is not built yet", "use one")
         expected = self.samples(segment.from_step).start
-        if segment.from_step <= self.segments[-1].from_step or segment.from_sample != expected:
+        if segment.from_step < self.segments[-1].from_step or segment.from_sample != expected:
             raise ValueError(
                 f"order: a segment from step {segment.from_step}, sample {segment.from_sample} does not follow; "
                 f"step {segment.from_step} begins at sample {expected}\norder programs are only appended to"

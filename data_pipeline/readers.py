@@ -67,9 +67,10 @@ class ReadOptions:
 
 
 class Reader(Protocol):
-    """What a registered reader offers. `include` are the file patterns it takes from a folder."""
+    """What a registered reader offers. From a folder it takes the files `include`, not looking into `skip_folders`."""
 
     include: ClassVar[list[str]]
+    skip_folders: ClassVar[list[str]]
 
     def wants(self, file: dict[str, Any]) -> bool:
         """Whether a listed file (name, size) belongs to the corpus at all."""
@@ -110,6 +111,7 @@ class TextReader:
     """One file, one document."""
 
     include: ClassVar[list[str]] = ["*"]
+    skip_folders: ClassVar[list[str]] = []
 
     def wants(self, file: dict[str, Any]) -> bool:
         """Every file."""
@@ -149,6 +151,7 @@ class PythonStdlibReader(TextReader):
     """The source of the running interpreter; empty package markers are no documents and are not listed."""
 
     include: ClassVar[list[str]] = ["*.py"]
+    skip_folders: ClassVar[list[str]] = ["__pycache__", "site-packages", "dist-packages"]
 
     def wants(self, file: dict[str, Any]) -> bool:
         """Every file that holds something."""
@@ -165,6 +168,7 @@ class JsonlReader:
     """One line, one document: a JSON object whose `text_key` is the text."""
 
     include: ClassVar[list[str]] = ["*.jsonl", "*.jsonl.gz", "*.ndjson", "*.ndjson.gz"]
+    skip_folders: ClassVar[list[str]] = []
 
     def wants(self, file: dict[str, Any]) -> bool:
         """Every file."""

@@ -198,6 +198,8 @@ def documents_work(run: Run) -> StageWork:
         **{f"filter/{n}": manifest.operation_version(FILTERS.get(n), "filters") for n in run.data.filters},
     }
     sentence = f"documents: {len(listing.files)} files, {listing.num_bytes / 1e6:.1f} MB in {len(tasks)} tasks"
+    if whole := listing.unsplittable(run.data.task_bytes, READERS.get(run.corpus.reader)()):
+        sentence += f" ({whole} larger than data.task_bytes cannot be split)"
     # The order of filters matters (the first reason is counted), and a hash of sorted keys would not see it.
     keyed = {
         "config": {**documents_config(run), "filter_order": list(run.data.filters)},

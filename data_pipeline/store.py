@@ -46,7 +46,7 @@ class AtomicFile:
 
     def __enter__(self) -> BinaryIO:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 (closed in __exit__, after fsync)
+        self.file = open(self.temporary, "wb")  # closed in __exit__, after fsync
         return self.file
 
     def __exit__(

@@ -139,7 +139,7 @@ def run(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
         tokenizer = train(sample(spec, task["documents_tasks"]), config["vocab_size"])
     bos, eos, pad = special_names(tokenizer)
     if config["path_sha256"]:
-        tokenizer.post_processor = tokenizers.processors.Sequence([])
+        tokenizer.post_processor = None
         tokenizer.no_truncation()
         tokenizer.no_padding()
     sizes = token_bytes(tokenizer)
