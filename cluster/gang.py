@@ -154,13 +154,16 @@ def write_to(path: str, header: str) -> None:
 # --- the driver's side -------------------------------------------------------------------------------------------
 
 
-def run_gang(request: GangRequest, watch: Callable[[], None]) -> dict[str, Any]:
-    """Run one gang to its end; `watch` is called about twice a second and may raise to end it.
+def run_gang(
+    request: GangRequest, watch: Callable[[], None], still_wanted: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Run one gang to its end; `watch` is called about twice a second, `still_wanted` while it waits for room.
 
-    Returns what rank 0 returned; raises GangFailed otherwise. Nothing of the gang is left when this returns.
+    Either may raise to end it. Returns what rank 0 returned; raises GangFailed otherwise. Nothing of the gang is left
+    when this returns.
     """
     gpus = gpus_per_rank(request.run, request.session)
-    with placed(request.run, gpus, watch) as group:
+    with placed(request.run, gpus, still_wanted) as group:
         actors = [actor_in(group, index, request.run, gpus) for index in range(request.run.cluster.ranks)]
         try:
             ranks = settled(request, actors, gpus)
@@ -188,7 +191,7 @@ def gpus_per_rank(run: Run, session: Session) -> int:
 
 
 @contextlib.contextmanager
-def placed(run: Run, gpus: int, watch: Callable[[], None]) -> Iterator[Any]:
+def placed(run: Run, gpus: int, still_wanted: Callable[[], None]) -> Iterator[Any]:
     """A placement group that is ready, removed afterwards."""
     from ray.util import placement_group, remove_placement_group
 
@@ -197,7 +200,7 @@ def placed(run: Run, gpus: int, watch: Callable[[], None]) -> Iterator[Any]:
     try:
         deadline = time.monotonic() + run.cluster.start_timeout_s
         while not group.wait(POLL_S):
-            watch()
+            still_wanted()
             if time.monotonic() > deadline:
                 raise GangFailed(Failure(Cause.not_placed, not_placed_message(run, bundle)))
         yield group
