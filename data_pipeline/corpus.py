@@ -92,7 +92,10 @@ def _expand(entry: str, include: list[str], skip_folders: list[str]) -> tuple[st
     parts = entry.split(os.sep)
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = os.sep.join(parts[:fixed]) or os.sep
-    return root, [path for path in glob.glob(entry, recursive=True) if not os.path.isdir(path)]
+    matches = glob.glob(entry, recursive=True)
+    folders = [] if "**" in entry else [match for match in matches if os.path.isdir(match)]
+    below = [path for folder in folders for path in _walk(folder, include, skip_folders)]
+    return root, [match for match in matches if not os.path.isdir(match)] + below
 
 
 def _walk(folder: str, include: list[str], skip_folders: list[str]) -> Iterator[str]:

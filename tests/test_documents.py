@@ -222,6 +222,24 @@ def test_links_are_followed_once_and_a_file_named_twice_is_read_once(tmp_path):
     assert [p["name"] for t in work.tasks() for p in t["pieces"]] == ["link/a.txt"]
 
 
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("*", ["in/b.txt", "in/deep/c.txt", "out.txt"]),
+        ("**/*.txt", ["in/b.txt", "in/deep/c.txt", "out.txt"]),
+        ("i*", ["in/b.txt", "in/deep/c.txt"]),
+        ("in/b.txt", ["b.txt"]),
+        ("in", ["b.txt", "deep/c.txt"]),
+    ],
+)
+def test_globs_and_folders(tmp_path, path, found):
+    (tmp_path / "corpus" / "in" / "deep").mkdir(parents=True)
+    for name in ("out.txt", "in/b.txt", "in/deep/c.txt", "in/.hidden"):
+        (tmp_path / "corpus" / name).write_text("text")
+    work = stages.documents_work(make_run(tmp_path, {"path": str(tmp_path / "corpus" / path)}))
+    assert [p["name"] for t in work.tasks() for p in t["pieces"]] == found
+
+
 def test_a_file_that_changes_after_listing_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.txt").write_text("before")
     work = stages.documents_work(make_run(tmp_path, {"path": str(tmp_path / "a.txt")}))
