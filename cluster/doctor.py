@@ -8,7 +8,6 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import socket
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-from cluster.names import PACKAGES, foreign_owners, locations
+from cluster.names import PACKAGES, foreign_owners, installed, locations
 from cluster.session import available_cpus
 
 GIB = 2**30
@@ -126,7 +125,7 @@ def check_versions() -> Iterator[Finding]:
 
 def check_torch() -> Iterator[Finding]:
     """Whether torch works, and on what: CUDA with NCCL, or the CPU with gloo."""
-    if importlib.util.find_spec("torch") is None:
+    if not installed("torch"):
         return
     import torch
 
@@ -144,7 +143,7 @@ def check_torch() -> Iterator[Finding]:
 
 def check_jit_cache() -> Iterator[Finding]:
     """Locks of builds that were killed: DeepSpeed waits for them without end, and says nothing."""
-    if importlib.util.find_spec("torch") is None:
+    if not installed("torch"):
         return
     from trainer.distributed import private_extensions_folder, stale_locks
 
@@ -238,9 +237,9 @@ def check_disk(places: dict[str, str]) -> Iterator[Finding]:
 
 def check_wandb() -> Iterator[Finding]:
     """What tracker.wandb=auto would do; the key itself is never shown."""
-    if importlib.util.find_spec("wandb") is None:
+    if not installed("wandb"):
         yield Finding("wandb", "note", "not installed: metrics go to metrics.jsonl alone", "pip install wandb")
         return
     key = "WANDB_API_KEY" in os.environ
-    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    yield Finding("wandb", "ok", f"{mode} ({'a key is there' if key else 'no key in the environment'})")
+    found = "online: WANDB_API_KEY is set" if key else "offline: no WANDB_API_KEY; runs are kept in the run folder"
+    yield Finding("wandb", "ok", found)

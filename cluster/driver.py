@@ -8,6 +8,7 @@ Whatever goes wrong after the run began leaves an `end` in the ledger; a driver 
 `status` knows that it is dead. A traceback goes to driver.log; the console gets what happened and where to look.
 """
 
+import importlib
 import logging
 import os
 import shlex
@@ -19,10 +20,11 @@ from types import FrameType
 
 from cluster.cli import EXIT_BAD_REQUEST, EXIT_FAILED, told
 from cluster.logs import teed
-from cluster.names import check_owners
+from cluster.names import check_owners, installed
 from cluster.policy import EXIT_HISTORY, EXIT_STOPPED
 from cluster.run_folder import NoValidCheckpoint, RunFolder, settle_paths
 from cluster.session import ClusterDown, inside_job
+from conf.registry import MODELS, OBJECTIVES, OPTIMIZERS, SCHEDULES, load_plugins
 from conf.schema import Run, Stage, refuse
 
 log = logging.getLogger("zeroray")
@@ -47,6 +49,7 @@ def drive(run: Run) -> int:
         folder = RunFolder(run.paths.runs, run.run.name)
         check_owners()
         check_packages(run)
+        check_registered(run)
         with folder.claimed():
             return admitted(run, folder)
     except ValueError as error:
@@ -71,13 +74,34 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def check_packages(run: Run) -> None:
     """Refuse training where only the data part is installed."""
-    import importlib.util
-
-    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing and set(run.stages) != {Stage.prepare}:
+    if set(run.stages) == {Stage.prepare}:
+        return
+    missing = [name for name in TRAIN_PACKAGES if not installed(name)]
+    if missing:
         names = ",".join(stage.name for stage in run.stages)
         way_out = "prepare data alone: stages=[prepare]; or install them: pip install 'zeroray[train]' (torch first)"
         raise refuse("stages", f"[{names}]", f"{', '.join(missing)} is not installed", way_out)
+
+
+def check_registered(run: Run) -> None:
+    """Refuse names that nobody registered, before anything is started.
+
+    The names of the supported recipe are not looked up: that would import torch, 3 s at every start.
+    """
+    load_plugins(run.plugins, os.getcwd())
+    if set(run.stages) == {Stage.prepare}:
+        return
+    ours = Run()
+    for part, registry, room in (
+        ("model", MODELS, "trainer.models"),
+        ("objective", OBJECTIVES, "trainer.objectives"),
+        ("optim", OPTIMIZERS, "trainer.optim"),
+        ("schedule", SCHEDULES, "trainer.schedules"),
+    ):
+        name = getattr(run, part).name
+        if name != getattr(ours, part).name:
+            importlib.import_module(room)
+            registry.get(name)
 
 
 def admitted(run: Run, folder: RunFolder) -> int:

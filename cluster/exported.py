@@ -97,10 +97,8 @@ def tokens_folder(found: Exported) -> str | None:
     """The token shards that the run was trained on; None when they are not here."""
     if found.run is None or found.run_folder is None:
         return None
-    store = found.run.paths.store
-    keys = [e["key"] for e in found.run_folder.events() if e["event"] == "stage" and e.get("stage") == "tokens"]
-    folders = [f"{store}/tokens/{str(key)[:20]}" for key in keys[-1:]]
-    return next((folder for folder in folders if os.path.exists(f"{folder}/manifest.json")), None)
+    folder = f"{found.run.paths.store}/tokens/{found.run_folder.stage_key('tokens')}"
+    return folder if os.path.exists(f"{folder}/manifest.json") else None
 
 
 def figures_text(figures: dict[str, Any]) -> str:

@@ -58,3 +58,11 @@ def foreign_owners() -> dict[str, list[str]]:
         for name in mine:
             owners.setdefault(name, []).append(distribution.name)
     return owners
+
+
+def installed(name: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

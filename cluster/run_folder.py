@@ -135,6 +135,11 @@ class RunFolder:
         """The ledger's whole events, oldest first; lines torn by a kill or a full disk are left out."""
         return [e for e in self.ledger.read() if isinstance(e, dict) and "event" in e and "time" in e]
 
+    def stage_key(self, stage: str) -> str | None:
+        """The key of a stage of preparation that this run used last, which is its folder's name in the store."""
+        events = (e for e in reversed(self.events()) if e["event"] == "stage" and e.get("stage") == stage)
+        return next((str(e["key"]) for e in events if e.get("key")), None)
+
     def has_history(self) -> bool:
         """Whether a step of this run was ever committed."""
         metrics = f"{self.path}/metrics.jsonl"
@@ -179,8 +184,8 @@ class RunFolder:
             self._move_aside()
         known = self.exists()
         if known and self.has_results():
-            self._compare(run)
-            if self.has_history() and NEEDS_CHECKPOINT & set(run.stages):
+            changed = self._compare(run)
+            if self.has_history() and NEEDS_CHECKPOINT & set(run.stages) and (changed or not self._finished(run)):
                 self._need_checkpoint()
         write_bytes(self.yaml_path, to_yaml(run).encode())
         return "continue" if known else "new"
@@ -198,8 +203,15 @@ class RunFolder:
         os.makedirs(self.path, exist_ok=True)
         self.ledger.append("decision", text=f"run.fresh=true: what was here is now {aside}")
 
-    def _compare(self, run: Run) -> None:
-        """Refuse scientific keys that differ and are not allowed; record those that are."""
+    def _finished(self, run: Run) -> bool:
+        """Whether every wanted stage was done, so that nothing will be continued from a checkpoint."""
+        events = self.events()
+        done = {e["stage"] for e in events if e["event"] == "stage" and e.get("state") == "done"}
+        ends = [e for e in events if e["event"] == "end"]
+        return bool(ends) and ends[-1].get("state") == "done" and {stage.name for stage in run.stages} <= done
+
+    def _compare(self, run: Run) -> bool:
+        """Refuse scientific keys that differ and are not allowed; record those that are; returns whether there are."""
         if not os.path.exists(self.yaml_path):
             reason = "its run.yaml is gone, so nobody can tell whether this is the same run"
             raise refuse("run.name", self.name, reason, "restore the file, or move the run aside with run.fresh=true")
@@ -211,6 +223,7 @@ class RunFolder:
             keys = [{"key": key, "before": before, "now": now} for key, before, now in changed]
             text = f"run.allow: {', '.join(key for key, _, _ in changed)} changed in a run that had begun"
             self.ledger.append("decision", text=text, allowed=keys)
+        return bool(changed)
 
     def _need_checkpoint(self) -> None:
         """Refuse a history from which nothing can be continued."""

@@ -11,7 +11,6 @@ The state comes from two facts, the ledger's last `start` or `end` and whether a
     dead      begun, not ended, no driver        unknown   a folder in which nothing has begun
 """
 
-import glob
 import os
 import time
 from typing import Any
@@ -43,7 +42,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         "steps": steps,
         "stages": stages_of(events, run, step, steps, state),
         "attempts": attempts_of(events),
-        "data": {"accounting": accounting_of(events, run)},
+        "data": {"accounting": accounting_of(folder, run)},
         "metrics": row,
         "evaluation": evaluation_of(folder),
         "exit_code": end.get("exit_code") if ended else None,
@@ -86,16 +85,25 @@ def stages_of(
 ) -> dict[str, dict[str, Any]]:
     """Each stage by name with its state, how much of it is done, and of how much."""
     wanted = run.get("stages") or [stage.name for stage in Stage]
-    found: dict[str, dict[str, Any]] = {name: {"state": "waiting", "done": 0, "total": None} for name in wanted}
+    seen = [str(e["stage"]) for e in events if e["event"] == "stage" and "stage" in e]
+    parts = [name for name in dict.fromkeys(seen) if name not in Stage.__members__]  # of prepare, in their order
+    names = [name for stage in Stage if stage.name in (*wanted, *seen) for name in parts_of(stage, parts)]
+    found: dict[str, dict[str, Any]] = {name: {"state": "waiting", "done": 0, "total": None} for name in names}
     for event in events:
         if event["event"] == "stage" and "stage" in event:
-            entry = found.setdefault(str(event["stage"]), {"done": 0, "total": None})
-            entry.update({k: v for k, v in event.items() if k not in ("event", "time", "stage")})
+            found.get(str(event["stage"]), {}).update(
+                {k: v for k, v in event.items() if k not in ("event", "time", "stage")}
+            )
     if found.get("train", {}).get("state") in ("started", "progress"):
         found["train"] |= {"done": step, "total": steps}
     for entry in found.values():
         entry["state"] = stage_word(str(entry["state"]), state)
     return found
+
+
+def parts_of(stage: Stage, parts: list[str]) -> list[str]:
+    """A stage and, after prepare, what it consists of."""
+    return [stage.name, *(parts if stage is Stage.prepare else [])]
 
 
 def stage_word(said: str, run_state: str) -> str:
@@ -125,16 +133,13 @@ def attempts_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def accounting_of(events: list[dict[str, Any]], run: dict[str, Any]) -> dict[str, Any] | None:
+def accounting_of(folder: RunFolder, run: dict[str, Any]) -> dict[str, Any] | None:
     """What became of every document: from the manifest of the documents stage that the ledger names."""
-    keys = [e["key"] for e in events if e["event"] == "stage" and e.get("stage") == "documents" and e.get("key")]
     store = (run.get("paths") or {}).get("store")
-    if not keys or not store:
+    try:
+        accounting = read_json(f"{store}/documents/{folder.stage_key('documents')}/manifest.json").get("accounting")
+    except (FileNotFoundError, ValueError):
         return None
-    found = glob.glob(f"{glob.escape(store)}/documents/{glob.escape(str(keys[-1])[:20])}*/manifest.json")
-    if not found:
-        return None
-    accounting = read_json(found[0]).get("accounting")
     return accounting if isinstance(accounting, dict) else None
 
 
@@ -164,18 +169,19 @@ def status_text(status: dict[str, Any]) -> str:
     if status["reason"]:
         lines.append(f"  {status['reason']}")
     if status["driver"]:
-        lines.append(f"  driver    process {status['driver']['pid']} on {status['driver']['host']}")
+        lines.append(f"  driver      process {status['driver']['pid']} on {status['driver']['host']}")
     if state == "queued":
-        lines.append(f"  job       {status['submission']['id']} at {status['submission']['address']}")
-    lines += [f"  {name:<9} {stage_text(entry)}" for name, entry in status["stages"].items()]
+        lines.append(f"  job         {status['submission']['id']} at {status['submission']['address']}")
+    for name, entry in status["stages"].items():
+        lines.append(f"  {name if name in Stage.__members__ else f'  {name}':<11} {stage_text(entry)}")
     lines += [f"  attempt {n}: {attempt_text(entry)}" for n, entry in list(enumerate(status["attempts"], 1))[-5:]]
     metrics = [f"{k} {v:.6g}" for k in SHOWN_METRICS if isinstance(v := status["metrics"].get(k), int | float)]
     if metrics:
-        lines.append(f"  metrics   {'   '.join(metrics)}")
+        lines.append(f"  metrics     {'   '.join(metrics)}")
     if status["data"]["accounting"]:
-        lines.append(f"  documents {accounting_text(status['data']['accounting'])}")
+        lines.append(f"  accounting  {accounting_text(status['data']['accounting'])}")
     shown = {"folder": status["paths"]["folder"], "export": status["paths"]["export"]}
-    lines += [f"  {name:<9} {path}" for name, path in shown.items() if path]
+    lines += [f"  {name:<11} {path}" for name, path in shown.items() if path]
     return "\n".join(lines) + "\n"
 
 
