@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from conf.registry import MODELS, OBJECTIVES
 from conf.schema import Attention, Model, Run, Train
-from trainer.decoder import Decoder, rotate, rotation
+from trainer.decoder import Decoder, RMSNorm, rotate, rotation
 from trainer.initial import initialize, normal
 from trainer.models import bare_model, build_model, count_parameters, flops_per_token
 
@@ -293,3 +293,11 @@ def test_what_is_not_a_model_is_refused(monkeypatch):
 def test_options_that_would_be_ignored_are_refused():
     with pytest.raises(ValueError, match=r"objective\.options"):
         OBJECTIVES.get("causal_lm")(None, {}, {"smoothing": 0.1})
+
+
+def test_the_norm_of_bf16_is_computed_in_fp32():
+    x = (torch.randn(4, 4096, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    expected = torch.nn.functional.rms_norm(x.double(), (4096,), eps=1e-5)
+    found = RMSNorm(4096, 1e-5).bfloat16()(x)
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - expected).abs() / expected.abs()).max() <= 2**-8  # one rounding, at the end
