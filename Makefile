@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 CODE := conf data_pipeline trainer cluster
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: install quickstart test check check-static format test-gpu clean
+.PHONY: install quickstart test check check-static format test-gpu chaos clean
 
 $(INSTALLED): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -37,6 +37,9 @@ format: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python tests/gpu_verdict.py
+
+chaos: $(INSTALLED)
+	$(BIN)/python tests/chaos.py --kills $(or $(KILLS),20) --seed $(or $(SEED),1)
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
