@@ -227,8 +227,7 @@ class Graph:
 
     def trained(self, content_sha256: str) -> bool:
         """Whether the ledger says that every wanted stage was done with these keys and this data."""
-        # The same key as trainer.train writes with each stage; importing that would import torch.
-        key = content_hash([scientific(self.run), content_sha256])
+        key = stage_key(self.run, content_sha256)
         events = [e for e in self.folder.events() if e["event"] == "stage" and e.get("key") == key]
         done = {e["stage"] for e in events if e["state"] == "done" and e.get("done") == e.get("total")}
         wanted = {stage.name for stage in self.run.stages if stage in GANG_STAGES}
@@ -322,6 +321,11 @@ class Graph:
         return [
             f"  held-out bits per byte: {before}{after:.4f} after step {found['step']}; unigram model {unigram:.4f}"
         ]
+
+
+def stage_key(run: Run, content_sha256: str) -> str:
+    """What the stages after prepare depend on: the key `trainer.train` writes with them, without importing torch."""
+    return content_hash([scientific(run), content_sha256])
 
 
 def check_ranks_early(run: Run) -> None:

@@ -1,9 +1,12 @@
 """Ends what a private Ray leaves behind when its driver is killed: one tiny process that waits for the driver's end.
 
 Ray binds its own daemons to the driver (the kernel kills them with it) and its workers notice within a second, but its
-agents linger for a minute. Every process of a private session carries `ZERORAY_SESSION=<random id>` in its environment;
-when the pipe from the driver closes, for whatever reason, everything that carries the id is killed and the session's
-folder removed. A process is known by that id alone, never by its name, so nobody else's Ray is touched.
+agents linger for a minute. Every process of a private session carries `ZERORAY_SESSION=<random id>` in its environment,
+or is in the process group of a daemon that the driver has told of; when the pipe from the driver closes, for whatever
+reason, all of these are killed and the session's folder removed. A process is never known by its name, so nobody else's
+Ray is touched.
+
+The surprise: a process that sets its title, as Ray's agents do, may wipe its environment in /proc; hence the groups.
 
 Started as a plain script (`python -I -S reaper.py <id> <folder>`): only the standard library, 10 MB, 20 ms.
 """
@@ -23,21 +26,28 @@ from collections.abc import Iterator
 SESSION_VARIABLE = "ZERORAY_SESSION"
 
 
-def members(session_id: str) -> list[int]:
-    """The pids of all processes of this session other than the caller."""
+def members(session_id: str, groups: set[int]) -> list[int]:
+    """The pids of all processes of this session other than the caller; those that are dead already do not count."""
     mark, found = f"{SESSION_VARIABLE}={session_id}".encode(), []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
-                if mark in file.read().split(b"\0"):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environ:
+                if mark in environ.read().split(b"\0") or (group_of(name) in groups):
                     found.append(int(name))
     return found
 
 
-def end(session_id: str, rounds: int = 20) -> None:
+def group_of(pid: str) -> int | None:
+    """The process group of a process; None when it is dead."""
+    with open(f"/proc/{pid}/stat") as file:
+        state, _, group = file.read().rsplit(")", 1)[1].split()[:3]
+    return None if state in "ZX" else int(group)
+
+
+def end(session_id: str, groups: set[int], rounds: int = 20) -> None:
     """Kill every process of this session; a dying one may still be starting another, so look until none is left."""
     for _ in range(rounds):
-        left = members(session_id)
+        left = members(session_id, groups)
         if not left:
             return
         for pid in left:
@@ -52,6 +62,14 @@ def start(session_id: str, folder: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-I", "-S", os.path.abspath(__file__), session_id, folder]
     # Its own session: a signal to the driver's process group must not end the one who cleans up.
     return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+
+
+def tell(reaper: "subprocess.Popen[bytes]", group: int) -> None:
+    """Tell the reaper of a process group of this session."""
+    assert reaper.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        reaper.stdin.write(f"{group}\n".encode())
+        reaper.stdin.flush()
 
 
 @contextlib.contextmanager
@@ -76,9 +94,9 @@ def remove_if_dead(lock: str) -> None:
 
 
 def main(session_id: str, folder: str) -> None:
-    """Wait for the driver's end of the pipe to close, then end the session."""
-    sys.stdin.buffer.read()
-    end(session_id)
+    """Take the process groups that the driver tells of until its end of the pipe closes; then end the session."""
+    groups = {int(line) for line in sys.stdin.buffer if line.strip().isdigit()}
+    end(session_id, groups)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -15,7 +15,6 @@ workers before they could commit a checkpoint: `own_process_groups` gives each i
 """
 
 import contextlib
-import functools
 import http.client
 import logging
 import os
@@ -130,7 +129,7 @@ def private(run: Run) -> Iterator[Session]:
         guard = reaper.start(session_id, folder)
         try:
             with private_environment(session_id):
-                yield start_private(port, folder)
+                yield start_private(port, folder, guard)
         finally:
             end_private(guard)
 
@@ -165,11 +164,11 @@ def reload_auth() -> None:
     setup.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def start_private(port: int | None, folder: str) -> Session:
+def start_private(port: int | None, folder: str, guard: "subprocess.Popen[bytes]") -> Session:
     """Start Ray's processes on this machine."""
     import ray
 
-    with own_process_groups():
+    with own_process_groups(guard):
         ray.init(
             address="local",
             num_cpus=available_cpus(),
@@ -185,12 +184,18 @@ def start_private(port: int | None, folder: str) -> Session:
 
 
 @contextlib.contextmanager
-def own_process_groups() -> Iterator[None]:
-    """Give each daemon that Ray starts meanwhile its own process group."""
+def own_process_groups(guard: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Give each daemon that Ray starts meanwhile its own process group, and tell the reaper of it."""
     from ray._private import services
 
     popen = services.ConsolePopen
-    services.ConsolePopen = functools.partial(popen, process_group=0)
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, process_group=0, **kwargs)
+        reaper.tell(guard, process.pid)
+        return process
+
+    services.ConsolePopen = start
     try:
         yield
     finally:
