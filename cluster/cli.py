@@ -12,7 +12,6 @@ over a history without a valid checkpoint, 6 stopped in order (the same command 
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -34,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ValueError as error:
         return told(error)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough (`| head`); without this Python complains again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+        from cluster.logs import to_nowhere
+
+        to_nowhere(sys.stdout)
         return 0
     except OSError as error:
         sys.stderr.write(f"zeroray: {error}\n")

@@ -92,44 +92,47 @@ class Tee(io.TextIOBase):
     """
 
     def __init__(self, console: TextIO, log: IO[str]) -> None:
-        self.console: TextIO | None = console
+        self.console = console
         self.log = log
 
     def write(self, text: str) -> int:
         """Write to both."""
-        if self.console is not None:
-            try:
-                self.console.write(text)
-            except (BrokenPipeError, ValueError):
-                self.console = None
+        try:
+            self.console.write(text)
+        except BrokenPipeError:
+            to_nowhere(self.console)
         with contextlib.suppress(OSError):
             self.log.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush both."""
-        if self.console is not None:
-            try:
-                self.console.flush()
-            except (BrokenPipeError, ValueError):
-                self.console = None
+        try:
+            self.console.flush()
+        except BrokenPipeError:
+            to_nowhere(self.console)
         with contextlib.suppress(OSError):
             self.log.flush()
 
     def isatty(self) -> bool:
         """Whether a person looks on."""
-        return self.console is not None and self.console.isatty()
+        return self.console.isatty()
 
     def fileno(self) -> int:
         """The console's file descriptor."""
-        if self.console is None:
-            raise io.UnsupportedOperation("the console is gone")
         return self.console.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
         """The console's encoding."""
         return getattr(self.console, "encoding", "utf-8")
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """Let what is written to a stream whose reader has gone vanish; else Python complains of it again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -180,9 +180,10 @@ class RunFolder:
         Raises ValueError for changed scientific keys, and NoValidCheckpoint where a history has no whole checkpoint.
         """
         check_allow(run.run.allow, names())
-        if run.run.fresh and self.exists():
-            self._move_aside()
         known = self.exists()
+        if known and run.run.fresh:
+            self._move_aside()
+            known = False
         if known and self.has_results():
             changed = self._compare(run)
             if self.has_history() and NEEDS_CHECKPOINT & set(run.stages) and (changed or not self._finished(run)):

@@ -199,7 +199,7 @@ def attempt_text(entry: dict[str, Any]) -> str:
         parts.append(f"resumed at step {entry['resumed_step']}")
     if "cause" in entry:
         rank = f" of rank {entry['rank']}" if entry.get("rank") is not None else ""
-        parts.append(f"{entry['cause']}{rank}: {str(entry.get('detail', '')).strip().splitlines()[:1]}")
+        parts.append(f"{entry['cause']}{rank}: {str(entry.get('detail', '')).strip().partition(chr(10))[0]}")
     if "end" in entry:
         parts.append(f"ended {entry['end']}")
     return ", ".join(parts)

@@ -13,11 +13,13 @@ without data, environments and caches. Nothing secret is sent: tokens and keys c
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -137,6 +139,8 @@ def connect(address: str, source: str) -> Any:
         use_auth_token_if_there()
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # or it lists every .gitignore that it leaves out
         with without_ray_addresses():
             return JobSubmissionClient(address)
     except ValueError as error:
@@ -146,7 +150,7 @@ def connect(address: str, source: str) -> Any:
 
 
 @contextlib.contextmanager
-def without_ray_addresses() -> Any:
+def without_ray_addresses() -> Iterator[None]:
     """Ray prefers these variables to an address that it is given."""
     before = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
     try:
