@@ -3,8 +3,8 @@
     python tests/chaos.py --kills 20 --seed 1
 
 Kills are SIGKILLs of the whole process tree after a random time, of one random process of it, or of a rank at a named
-Kills are SIGKILLs of the whole process tree after a random time, of one random process of it, or of a rank at a named
 point of a checkpoint save. A line a life, then a JSON verdict; exit 0 when nothing was lost, repeated or changed.
+"""
 
 import argparse
 import json
