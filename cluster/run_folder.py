@@ -185,8 +185,8 @@ class RunFolder:
             self._move_aside()
             known = False
         if known and self.has_results():
-            changed = self._compare(run)
-            if self.has_history() and NEEDS_CHECKPOINT & set(run.stages) and (changed or not self._finished(run)):
+            self._compare(run)
+            if self.has_history() and NEEDS_CHECKPOINT & set(run.stages):
                 self._need_checkpoint()
         write_bytes(self.yaml_path, to_yaml(run).encode())
         return "continue" if known else "new"
@@ -204,15 +204,8 @@ class RunFolder:
         os.makedirs(self.path, exist_ok=True)
         self.ledger.append("decision", text=f"run.fresh=true: what was here is now {aside}")
 
-    def _finished(self, run: Run) -> bool:
-        """Whether every wanted stage was done, so that nothing will be continued from a checkpoint."""
-        events = self.events()
-        done = {e["stage"] for e in events if e["event"] == "stage" and e.get("state") == "done"}
-        ends = [e for e in events if e["event"] == "end"]
-        return bool(ends) and ends[-1].get("state") == "done" and {stage.name for stage in run.stages} <= done
-
-    def _compare(self, run: Run) -> bool:
-        """Refuse scientific keys that differ and are not allowed; record those that are; returns whether there are."""
+    def _compare(self, run: Run) -> None:
+        """Refuse scientific keys that differ and are not allowed; record those that are."""
         if not os.path.exists(self.yaml_path):
             reason = "its run.yaml is gone, so nobody can tell whether this is the same run"
             raise refuse("run.name", self.name, reason, "restore the file, or move the run aside with run.fresh=true")
@@ -224,7 +217,6 @@ class RunFolder:
             keys = [{"key": key, "before": before, "now": now} for key, before, now in changed]
             text = f"run.allow: {', '.join(key for key, _, _ in changed)} changed in a run that had begun"
             self.ledger.append("decision", text=text, allowed=keys)
-        return bool(changed)
 
     def _need_checkpoint(self) -> None:
         """Refuse a history from which nothing can be continued."""

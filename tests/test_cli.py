@@ -15,7 +15,7 @@ import pytest
 from processes import command, environment, wait_until, zeroray
 
 import cluster.graph
-from cluster import cli, driver, exported, logs
+from cluster import cli, driver, exported
 from cluster.run_folder import NoValidCheckpoint, RunFolder
 from cluster.session import ClusterDown
 from conf.saved import to_yaml
