@@ -343,7 +343,10 @@ def lost(error: Exception, rank: int | None) -> Failure:
         cause = Cause.node_lost
     elif not isinstance(error, ray.exceptions.RayActorError):
         cause = Cause.bug
-    return Failure(cause, f"{cause.value}: {' '.join(text.split())[:500]}", rank)
+    where = re.search(r"\bpid: (\d+).*?\bip: ([\w.:]+)", text, re.DOTALL)
+    # Ray's own text on a killed worker is a page of guesses; its first line is enough where even the place is unknown.
+    gone = f"process {where[1]} at {where[2]} is gone" if where else (text.strip().splitlines() or [repr(error)])[0]
+    return Failure(cause, f"{cause.value}: {gone[:500]}", rank)
 
 
 def kill(actors: list[Any]) -> None:
