@@ -75,6 +75,9 @@ def connect(run: Run) -> Iterator[Session]:
     """
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # or `uv run` would rebuild an environment in every worker
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray._private import worker
+
+    worker.print_to_stdstream = tell_in_our_log
     if connected():
         session = describe(private=False)
         check_ranks(run, session.cpus)
@@ -99,6 +102,13 @@ def chosen_address(run: Run) -> tuple[str | None, str]:
     if run.cluster.address:
         return run.cluster.address, "cluster.address"
     return os.environ.get("RAY_ADDRESS") or None, "RAY_ADDRESS"
+
+
+def tell_in_our_log(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Take what Ray would print on stdout: one line to our log, and nothing of the deaths that we report ourselves."""
+    for line in data["lines"]:
+        level = logging.DEBUG if "worker died" in line else logging.INFO
+        log.log(level, "Ray: %s", " ".join(line.split())[:200])
 
 
 def check_ranks(run: Run, cpus: float) -> None:

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -225,3 +227,27 @@ def test_the_key_is_the_trainers() -> None:
             content_sha256 = "abc"
 
     assert stage_key(Run(), "abc") == trainer.stage_key(Run(), Data())  # type: ignore[arg-type]
+
+
+TWO_SIGNALS = """
+import os, signal, sys, time
+from cluster.interrupts import StopRequest, listening
+from cluster.run_folder import RunFolder
+
+folder = RunFolder(sys.argv[1], "one")
+stop = StopRequest(folder)
+with listening(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.asked() and os.path.exists(folder.stop_path)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.unit
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    os.makedirs(tmp_path / "one")
+    ended = subprocess.run([sys.executable, "-c", TWO_SIGNALS, str(tmp_path)], timeout=30, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    end = Ledger(str(tmp_path / "one")).read()[-1]
+    assert (end["event"], end["exit_code"], end["state"]) == ("end", 143, "failed")
