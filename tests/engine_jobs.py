@@ -192,3 +192,12 @@ def lost_peer(rank: RankInfo) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     steps(run, engine, 1, 3)
     return "went on"
+
+
+def diverged(rank: RankInfo, folder: str) -> str:
+    """A save after one weight of rank 1 went its own way, which no partition would show."""
+    engine = make_engine(make_run(engine="plain"), rank)
+    if rank.rank == 1:
+        with torch.no_grad():
+            next(engine.module.parameters()).view(-1)[3] += 1e-6
+    return said(lambda: checkpoint.save(engine, TrainState(step=1), folder, 1))

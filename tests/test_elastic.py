@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from engine_jobs import follow, forced_round_robin, left_out, resume
+from engine_jobs import diverged, follow, forced_round_robin, left_out, resume
 
 from trainer import checkpoint
 from trainer.checkpoint import Commit, SliceReader
 from trainer.fragments import numel
 
-SAVED_AT, END = 6, 16
+SAVED_AT, END = 6, 14
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +116,10 @@ def test_a_fragment_left_out_or_a_full_disk_commits_nothing(tmp_path: Any) -> No
     assert (first[2], second[2]) == ("", ""), "the next save, with everything there, is whole"
     commit, damaged = checkpoint.newest_valid(str(tmp_path))
     assert commit is not None and damaged == []
+
+
+@pytest.mark.dist
+def test_ranks_whose_weights_went_apart_commit_nothing(tmp_path: Any) -> None:
+    heard = ranks.results(ranks.launch(2, diverged, str(tmp_path)))
+    assert all(".weight: it is not the same on all ranks" in h for h in heard), heard
+    assert checkpoint.newest_valid(str(tmp_path)) == (None, [])

@@ -116,6 +116,9 @@ def publish(engine: Engine, state: TrainState, commit: Commit) -> None:
         raise CheckpointError(f"{commit.folder}: there is a commit of this step already")
     paths = [os.path.join(commit.folder, f"{rank_name(r)}.json") for r in range(engine.world_size)]
     records = [unseal(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if os.path.getsize(path.removesuffix("json") + "safetensors") != record["file"]["bytes"]:
+            raise CheckpointError(f"{path}: rank 0 sees another size of its tensor file; nothing was committed")
     shapes = engine.shapes()
     spans = [(n, k, start, count) for record in records for n, k, start, count, _ in record["fragments"]]
     wrong = cover_error(shapes, engine.kinds(), spans)

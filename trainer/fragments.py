@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 PARAM = "param"
+BLOCK_VALUES = 1 << 20  # values read or summed at a time, so that little memory is needed beyond what is held
 Reader = Callable[[str, str, int, int], Tensor]
 
 
@@ -105,22 +106,42 @@ def check(holder: Holder) -> None:
         if fragment.kind == PARAM:
             pieces[fragment.name].append(fragment)
     wrong: list[str] = []
+    sums: dict[str, Tensor] = {}
     for name, whole in holder.live():
+        sums[name] = bit_sum(whole)
         for piece in pieces[name]:
             lived = whole[piece.start : piece.start + piece.count]
-            if not same_bits(lived, piece.tensor.to(lived.device, lived.dtype)):
+            if not torch.equal(bits(lived), bits(piece.tensor.to(lived.device, lived.dtype))):
                 wrong.append(
                     f"{name}: what would be saved as values {piece.start} to {piece.start + piece.count} is not there"
                 )
+    if dist.is_initialized():
+        wrong += [f"{name}: it is not the same on all ranks, what would be saved is not" for name in unequal(sums)]
     if wrong:
         raise CheckpointError(
             f"{wrong[0]} in the live parameter ({len(wrong)} fragments differ); nothing was committed"
         )
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype are equal, NaN equal to NaN."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+def bits(values: Tensor) -> Tensor:
+    """The bits of fp32 or bf16 values as integers, so that NaN equals itself."""
+    return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
+
+
+def bit_sum(values: Tensor) -> Tensor:
+    """A sum over the bits; block by block, since a sum of integers copies what it sums to int64."""
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for begin in range(0, values.numel(), BLOCK_VALUES):
+        total += bits(values[begin : begin + BLOCK_VALUES]).sum(dtype=torch.int64)
+    return total
+
+
+def unequal(sums: dict[str, Tensor]) -> list[str]:
+    """The names whose sums are not the same on all ranks (collective)."""
+    ours = torch.stack(list(sums.values()))
+    most = torch.stack([ours, -ours])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return [name for name, differs in zip(sums, (most[0] != -most[1]).tolist(), strict=True) if differs]
 
 
 def cover_error(
@@ -149,8 +170,9 @@ def cover_error(
 def fill(holder: Holder, reader: Reader, scalars: dict[str, dict[str, float]]) -> None:
     """Fill every held piece from `reader`, set the scalars, and make the model use them."""
     for fragment in holder.held():
-        if fragment.count:
-            fragment.tensor.copy_(reader(fragment.name, fragment.kind, fragment.start, fragment.count))
+        for begin in range(0, fragment.count, BLOCK_VALUES):
+            part = fragment.tensor[begin : begin + BLOCK_VALUES]
+            part.copy_(reader(fragment.name, fragment.kind, fragment.start + begin, part.numel()))
     holder.set_scalars(scalars)
     holder.publish()
 
