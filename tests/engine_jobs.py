@@ -113,6 +113,11 @@ def resume(rank: RankInfo, options: dict[str, Any], folder: str, again: str, end
     return {"rows": rows, "last": weights_sha256(engine), "step": state.step, "tokens": state.tokens}
 
 
+def in_turn(rank: RankInfo, job: Any, calls: list[list[Any]]) -> list[Any]:
+    """One job after another in the same processes; ZeRO-3 must be the last, it leaves patched functions behind."""
+    return [job(rank, *call) for call in calls]
+
+
 def try_save(rank: RankInfo, options: dict[str, Any], folder: str, step: int = 2) -> str:
     """Train two steps and save; returns what the save said."""
     run = make_run(**options)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from engine_jobs import diverged, follow, forced_round_robin, left_out, resume
+from engine_jobs import diverged, follow, forced_round_robin, in_turn, left_out, resume
 
 from trainer import checkpoint
 from trainer.checkpoint import Commit, SliceReader
@@ -41,52 +41,52 @@ def tensors(commit: Commit) -> Iterator[tuple[str, torch.Tensor]]:
     reader.close()
 
 
-def continues(source: Any, world_size: int, options: dict[str, Any], tmp_path: Any) -> dict[str, Any]:
+def continues(source: Any, world_size: int, everywhere: list[dict[str, Any]], tmp_path: Any) -> list[dict[str, Any]]:
     """Continue the saved run on other ranks; the losses must follow, the tensors must survive to the bit."""
-    again = str(tmp_path / "again")
-    found = ranks.results(ranks.launch(world_size, resume, options, source["folder"], again, END))[0]
-    assert (found["step"], found["tokens"]) == (SAVED_AT, 7)
-    for row, expected in zip(found["rows"], source["rows"][SAVED_AT:], strict=True):
-        assert row[0] == pytest.approx(expected[0], abs=1e-5)
-        assert row[1] == pytest.approx(expected[1], abs=1e-4)
-    first, _ = checkpoint.newest_valid(source["folder"])
+    calls = [[options, source["folder"], f"{tmp_path}/{n}", END] for n, options in enumerate(everywhere)]
+    found: list[dict[str, Any]] = ranks.results(ranks.launch(world_size, in_turn, resume, calls, timeout_s=240))[0]
+    for (_, _, again, _), one in zip(calls, found, strict=True):
+        assert (one["step"], one["tokens"]) == (SAVED_AT, 7)
+        for row, expected in zip(one["rows"], source["rows"][SAVED_AT:], strict=True):
+            assert row[0] == pytest.approx(expected[0], abs=1e-5)
+            assert row[1] == pytest.approx(expected[1], abs=1e-4)
+        same_tensors(source["folder"], again)
+    return found
+
+
+def same_tensors(folder: str, again: str) -> None:
+    """What was loaded and saved again is the same, to the bit, whoever saved it."""
+    first, _ = checkpoint.newest_valid(folder)
     second, _ = checkpoint.newest_valid(again)
     assert first is not None and second is not None
     assert first.manifest()["scalars"] == second.manifest()["scalars"]
     for (name, before), (other, after) in zip(tensors(first), tensors(second), strict=True):
         assert name == other and torch.equal(before.view(torch.int32), after.view(torch.int32)), name
-    return found
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_zero1_on_two_ranks_continues_anywhere(zero1: Any, world_size: int, stage: int, tmp_path: Any) -> None:
-    continues(zero1, world_size, {"stage": stage}, tmp_path)
+def test_zero1_on_two_ranks_continues_on_one_and_without_deepspeed(zero1: Any, tmp_path: Any) -> None:
+    continues(zero1, 1, [{"engine": "plain"}, {"stage": 0}, {"stage": 2}, {"stage": 3}], tmp_path)
 
 
 @pytest.mark.dist
-def test_it_continues_without_deepspeed(zero1: Any, tmp_path: Any) -> None:
-    continues(zero1, 1, {"engine": "plain"}, tmp_path)
+def test_zero1_on_two_ranks_continues_on_two_and_under_its_own_stage_to_the_bit(zero1: Any, tmp_path: Any) -> None:
+    own, *_ = continues(zero1, 2, [{"stage": 1}, {"stage": 0}, {"stage": 2}, {"stage": 3}], tmp_path)
+    assert own["rows"] == zero1["rows"][SAVED_AT:]
+    assert own["last"] == zero1["last"]
 
 
 @pytest.mark.dist
-def test_the_same_ranks_and_stage_continue_to_the_bit(zero1: Any, tmp_path: Any) -> None:
-    found = continues(zero1, 2, {"stage": 1}, tmp_path)
-    assert found["rows"] == zero1["rows"][SAVED_AT:]
-    assert found["last"] == zero1["last"]
+def test_zero1_on_two_ranks_continues_on_three(zero1: Any, tmp_path: Any) -> None:
+    continues(zero1, 3, [{"stage": 0}, {"stage": 2}, {"stage": 3}], tmp_path)
 
 
 @pytest.mark.dist
-def test_zero3_continues_to_the_bit_on_the_same_ranks(zero3: Any, tmp_path: Any) -> None:
-    assert continues(zero3, 2, {"stage": 3}, tmp_path)["last"] == zero3["last"]
-
-
-@pytest.mark.dist
-def test_zero3_continues_under_zero1_and_with_small_parameters_kept_whole(zero3: Any, tmp_path: Any) -> None:
-    continues(zero3, 3, {"stage": 1}, tmp_path)
-    (tmp_path / "kept").mkdir()
-    continues(zero3, 2, {"stage": 3, "stage3_param_persistence_threshold": 1000}, tmp_path / "kept")
+def test_zero3_continues_to_the_bit_and_under_zero1_and_with_small_parameters_whole(zero3: Any, tmp_path: Any) -> None:
+    (own,) = continues(zero3, 2, [{"stage": 3}], tmp_path / "own")
+    assert own["last"] == zero3["last"]
+    kept_whole = {"stage": 3, "stage3_param_persistence_threshold": 1000}
+    continues(zero3, 2, [{"stage": 1}, kept_whole], tmp_path / "others")
 
 
 @pytest.mark.dist

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from engine_jobs import follow, lost_peer, make_run
+from engine_jobs import follow, in_turn, lost_peer, make_run
 from torch import nn
 
 from conf.registry import OPTIMIZERS
@@ -36,23 +36,37 @@ def test_the_plain_engine_learns_and_does_not_depend_on_the_world_size(plain: An
     assert farthest(alone["rows"], plain["rows"], 0) < 1e-5
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_follows_the_plain_engine(plain: Any, stage: int) -> None:
-    zero = ranks.results(ranks.launch(2, follow, {"stage": stage}, STEPS))
-    assert zero[0]["first"] == plain["first"], "initial weights are the same bytes"
-    assert zero[0]["rows"] == zero[1]["rows"], "every rank reports the same loss and gradient norm"
-    assert farthest(zero[0]["rows"], plain["rows"], 0) < 1e-5
-    assert farthest(zero[0]["rows"], plain["rows"], 1) < 1e-4
-    assert zero[0]["eval"] == pytest.approx(plain["eval"], rel=1e-6)
+@pytest.fixture(scope="module")
+def zero() -> Any:
+    """Stage -> what both ranks say."""
+    said = ranks.results(ranks.launch(2, in_turn, follow, [[{"stage": s}, STEPS] for s in range(4)], timeout_s=240))
+    return list(zip(*said, strict=True))
+
+
+@pytest.fixture(scope="module")
+def bf16() -> Any:
+    """Stage -> what both ranks say of a few steps in bf16."""
+    calls = [[{"stage": s, "precision": "bf16"}, 8] for s in range(4)]
+    return list(zip(*ranks.results(ranks.launch(2, in_turn, follow, calls, timeout_s=240)), strict=True))
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_keeps_fp32_weights_and_stays_near_fp32(plain: Any, stage: int) -> None:
-    bf16 = ranks.results(ranks.launch(2, follow, {"stage": stage, "precision": "bf16"}, 8))[0]
-    assert bf16["first"] == plain["first"], "the fp32 weights are not rounded to bf16"
-    assert 0 < farthest(bf16["rows"], plain["rows"][:8], 0) < 0.02
+def test_zero_follows_the_plain_engine(plain: Any, zero: Any, stage: int) -> None:
+    first, second = zero[stage]
+    assert first["first"] == plain["first"], "initial weights are the same bytes"
+    assert first["rows"] == second["rows"], "every rank reports the same loss and gradient norm"
+    assert farthest(first["rows"], plain["rows"], 0) < 1e-5
+    assert farthest(first["rows"], plain["rows"], 1) < 1e-4
+    assert first["eval"] == pytest.approx(plain["eval"], rel=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_keeps_fp32_weights_and_stays_near_fp32(plain: Any, bf16: Any, stage: int) -> None:
+    rank, _ = bf16[stage]
+    assert rank["first"] == plain["first"], "the fp32 weights are not rounded to bf16"
+    assert 0 < farthest(rank["rows"], plain["rows"][:8], 0) < 0.02
 
 
 @pytest.mark.dist
