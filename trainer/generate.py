@@ -111,5 +111,8 @@ def sample_texts(
 ) -> list[dict[str, str]]:
     """Samples for a person to read, `[{"prompt", "text"}, ...]`; without prompts one that begins from nothing."""
     asked = prompts or [""]
-    texts = generate(model_folder, asked, max_new_tokens, temperature, seed)
-    return [{"prompt": prompt, "text": text} for prompt, text in zip(asked, texts, strict=True)]
+    # Each prompt draws from its own seed: a young model hardly looks at the prompt, and would say the same to all.
+    return [
+        {"prompt": prompt, "text": generate(model_folder, [prompt], max_new_tokens, temperature, seed + number)[0]}
+        for number, prompt in enumerate(asked)
+    ]

@@ -302,7 +302,8 @@ def export(job: Job) -> None:
     weights = job.engine.full_state()
     if job.ledger is not None:
         out = os.path.join(job.folder, "export")
-        export_hf(job.run.model, job.data.vocab_size, weights, job.data.tokenizer, out)
+        info = {"run": job.run.run.name, "steps": job.state.step, "tokens": job.state.tokens, "seed": job.run.run.seed}
+        export_hf(job.run.model, job.data.vocab_size, weights, job.data.tokenizer, out, run_info=info)
         samples = sample_texts(out, job.run.train.sample_prompts, job.run.train.sample_tokens, job.run.run.seed)
         write_json(os.path.join(job.folder, "samples.json"), samples)
     barrier()
