@@ -76,6 +76,8 @@ def together(engine: Engine, commit: Commit, act: Any) -> None:
     except (CheckpointError, OSError, ValueError) as found:
         error = found
     failed = first_failed_rank(error, engine.rank, engine.world_size, engine.device)
+    if isinstance(error, CheckpointError):
+        raise CheckpointError(f"{error}; nothing was committed") from error
     if error is not None:
         raise error
     if failed is not None:
@@ -111,19 +113,19 @@ def publish(engine: Engine, state: TrainState, commit: Commit) -> None:
     """Check that all ranks together wrote everything once, then write the manifest (rank 0)."""
     newer = superseded_by(commit.run_folder, commit.generation)
     if newer is not None:
-        raise CheckpointError(f"{commit.folder}: generation {newer} has taken over; nothing was committed")
+        raise CheckpointError(f"{commit.folder}: generation {newer} has taken over")
     if os.path.exists(commit.manifest_path):
         raise CheckpointError(f"{commit.folder}: there is a commit of this step already")
     paths = [os.path.join(commit.folder, f"{rank_name(r)}.json") for r in range(engine.world_size)]
     records = [unseal(path) for path in paths]
     for path, record in zip(paths, records, strict=True):
         if os.path.getsize(path.removesuffix("json") + "safetensors") != record["file"]["bytes"]:
-            raise CheckpointError(f"{path}: rank 0 sees another size of its tensor file; nothing was committed")
+            raise CheckpointError(f"{path}: rank 0 sees another size of its tensor file")
     shapes = engine.shapes()
     spans = [(n, k, start, count) for record in records for n, k, start, count, _ in record["fragments"]]
     wrong = cover_error(shapes, engine.kinds(), spans)
     if wrong is not None:
-        raise CheckpointError(f"{wrong}; nothing was committed")
+        raise CheckpointError(f"{wrong}")
     manifest = {
         "version": VERSION,
         "state": state.to_json(),

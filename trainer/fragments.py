@@ -118,9 +118,7 @@ def check(holder: Holder) -> None:
     if dist.is_initialized():
         wrong += [f"{name}: it is not the same on all ranks, what would be saved is not" for name in unequal(sums)]
     if wrong:
-        raise CheckpointError(
-            f"{wrong[0]} in the live parameter ({len(wrong)} fragments differ); nothing was committed"
-        )
+        raise CheckpointError(f"{wrong[0]} in the live parameter ({len(wrong)} fragments differ)")
 
 
 def bits(values: Tensor) -> Tensor:
