@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-CODE := conf data_pipeline trainer cluster
-export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: install quickstart test check check-static format test-gpu chaos clean
 
