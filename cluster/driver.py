@@ -22,10 +22,11 @@ from cluster.cli import EXIT_BAD_REQUEST, EXIT_FAILED, told
 from cluster.logs import teed
 from cluster.names import check_owners, installed
 from cluster.policy import EXIT_HISTORY, EXIT_STOPPED
-from cluster.run_folder import NoValidCheckpoint, RunFolder, settle_paths
+from cluster.run_folder import RunFolder, settle_paths
 from cluster.session import ClusterDown, inside_job
 from conf.registry import MODELS, OBJECTIVES, OPTIMIZERS, SCHEDULES, load_plugins
 from conf.schema import Run, Stage, refuse
+from data_pipeline.store import NoValidCheckpoint
 
 log = logging.getLogger("zeroray")
 

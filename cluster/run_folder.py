@@ -27,7 +27,7 @@ from conf.keys import Names, names
 from conf.saved import load_run, to_yaml
 from conf.schema import Run, Stage, differences, refuse, scientific
 from data_pipeline.ledger import Ledger
-from data_pipeline.store import EXPIRY_S, Lease, read_json, write_bytes
+from data_pipeline.store import EXPIRY_S, Lease, NoValidCheckpoint, read_json, write_bytes
 
 DIFFERENCES_SHOWN = 20
 VALUE_CHARS = 32
@@ -41,10 +41,6 @@ class AlreadyActive(ValueError):  # noqa: N818 (an outcome)
 
 class OtherSettings(ValueError):  # noqa: N818 (an outcome)
     """The request differs from the run in scientific keys; the message holds a table and may be longer than others."""
-
-
-class NoValidCheckpoint(Exception):  # noqa: N818 (an outcome)
-    """The run has a history, and none of its checkpoints is whole: starting at step 0 would lose it in silence."""
 
 
 def job_home() -> str:

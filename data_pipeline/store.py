@@ -27,6 +27,10 @@ HEARTBEAT_S = 2.0
 EXPIRY_S = 30.0
 
 
+class NoValidCheckpoint(Exception):  # noqa: N818 (an outcome)
+    """A run has a history, and none of its commits is whole: starting at step 0 would lose it in silence."""
+
+
 def fsync_folder(folder: str) -> None:
     """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)

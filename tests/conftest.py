@@ -17,3 +17,13 @@ def shared_ray() -> Iterator[object]:
         patch.setenv("PYTHONPATH", os.path.dirname(__file__))  # workers import what tests define
         with connect(Run()) as session:
             yield session
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head for jobs; Python packages put into its folder `SITE` are installed on it."""
+    from heads import ray_head
+
+    site = str(tmp_path_factory.mktemp("site"))
+    with ray_head(tmp_path_factory.mktemp("home"), PYTHONPATH=site) as env:
+        yield {**env, "SITE": site}

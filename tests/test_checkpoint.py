@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine_jobs import follow, make_engine, make_run, saves, steps
 from safetensors.torch import load_file
 from torch import nn
 
+from data_pipeline.store import NoValidCheckpoint
 from trainer import checkpoint, tensor_file
 from trainer.checkpoint import CheckpointError, Commit, choose_base, newest_valid, prune, record_base, save
 from trainer.distributed import RankInfo
@@ -183,6 +185,24 @@ def test_a_late_commit_of_an_old_gang_is_ignored(engine: Engine, tmp_path: Path)
     assert newest_valid(folder) == (own, [])
     with pytest.raises(CheckpointError, match="generation 2 was started before"):
         record_base(folder, 2, None)
+
+
+def test_nothing_whole_is_refused_until_restored(engine: Engine, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    choose_base(folder, 1, 0)
+    (only,) = save_steps(engine, folder, 1, 10)
+    path = Path(only.folder) / "rank-00000.safetensors"
+    sound = path.read_bytes()
+    cut(path)
+    for rank in (0, 1):
+        with pytest.raises(NoValidCheckpoint, match=r"run\.fresh=true"):
+            choose_base(folder, 2, rank)
+    path.write_bytes(sound)
+    assert choose_base(folder, 3, 0) == (only, [])
+    shutil.rmtree(f"{folder}/checkpoints")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(NoValidCheckpoint, match="there is none"):
+        choose_base(folder, 4, 0)
 
 
 def test_a_damaged_newest_is_not_the_base_and_stays_out(engine: Engine, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from processes import command, environment, wait_until, zeroray
 
 import cluster.graph
 from cluster import cli, driver, exported
-from cluster.run_folder import NoValidCheckpoint, RunFolder
+from cluster.run_folder import RunFolder
 from cluster.session import ClusterDown
 from conf.saved import to_yaml
 from conf.schema import Run, RunInfo, Stage
-from data_pipeline.store import write_bytes, write_json
+from data_pipeline.store import NoValidCheckpoint, write_bytes, write_json
 
 pytestmark = pytest.mark.unit
 

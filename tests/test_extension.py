@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import TINY, events, rows, zeroray
+from heads import working_folder
+from processes import TINY, environment, events, rows, zeroray
 from test_killed import write_corpus
 
 MODULE = '''
@@ -87,11 +88,22 @@ def overrides(owner: str, corpus: Path) -> list[str]:
     ]
 
 
-def check(folder: Path, owner: str) -> None:
-    """The run of `overrides` did use all four."""
-    run = folder / "runs" / "quickstart"
+def install(folder: Path, site: Path) -> None:
+    """Install somebody's package into `site`, and remove its sources."""
+    source = folder / "source"
+    source.mkdir()
+    (source / "outside.py").write_text(MODULE)
+    (source / "pyproject.toml").write_text(PROJECT)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True, capture_output=True)
+    shutil.rmtree(source)
+
+
+def check(folder: Path, owner: str, name: str = "quickstart") -> None:
+    """The run of `overrides` in `folder` did use all four."""
+    run = folder / "runs" / name
     assert [r["step"] for r in rows(run)] == [1, 2, 3, 4, 5, 6]
-    status = json.loads(zeroray(folder, "status", "quickstart", "--json").stdout)
+    status = json.loads(zeroray(folder, "status", name, "--json").stdout)
     assert status["data"]["accounting"]["filtered"]["lucky"] > 0
     commit = sorted(run.glob("checkpoints/*/*/manifest.json"))[-1]
     manifest = json.loads(commit.read_text())
@@ -103,14 +115,8 @@ def check(folder: Path, owner: str) -> None:
 
 @pytest.mark.entry
 def test_an_installed_package(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "outside.py").write_text(MODULE)
-    (source / "pyproject.toml").write_text(PROJECT)
     site = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(site), str(source)], check=True, capture_output=True)
-    shutil.rmtree(source)
+    install(tmp_path, site)
     done = zeroray(tmp_path, "run", *overrides("outside", write_corpus(tmp_path)), PYTHONPATH=str(site))
     assert done.returncode == 0, done.stdout + done.stderr
     check(tmp_path, "outside")
@@ -122,3 +128,24 @@ def test_a_module_in_the_working_folder(tmp_path: Path) -> None:
     done = zeroray(tmp_path, "run", *overrides("mine", write_corpus(tmp_path)), "plugins=[mine]")
     assert done.returncode == 0, done.stdout + done.stderr
     check(tmp_path, "mine")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("owner", ["outside", "mine"])
+def test_both_as_a_ray_job(head: dict[str, str], tmp_path: Path, owner: str) -> None:
+    folder = working_folder(tmp_path / "work")
+    name = f"job_{owner}"
+    args = [*overrides(owner, write_corpus(tmp_path)), f"run.name={name}"]
+    if owner == "mine":
+        (folder / "mine.py").write_text(MODULE + REGISTER.format("mine"))
+        args.append("plugins=[mine]")
+    else:
+        install(tmp_path, Path(head["SITE"]))
+    job = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "cluster", "run", *args]
+    env = {k: v for k, v in head.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        job, cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    check(Path(head["ZERORAY_HOME"]), owner, name)
+    assert not (folder / "runs" / name).exists(), "the run is in the working folder, of which a job has a copy only"

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from cluster import run_folder
-from cluster.run_folder import AlreadyActive, NoValidCheckpoint, OtherSettings, RunFolder
+from cluster.run_folder import AlreadyActive, OtherSettings, RunFolder
 from cluster.status import list_row, status_of, status_text
 from conf.saved import load_run
 from conf.schema import Model, Optim, Paths, Run, RunInfo, Stage, Train
-from data_pipeline.store import write_json
+from data_pipeline.store import NoValidCheckpoint, write_json
 
 pytestmark = pytest.mark.unit
 

@@ -3,29 +3,23 @@
 import io
 import json
 import os
-import secrets
 import shlex
-import shutil
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from heads import working_folder
 from processes import command, environment, zeroray
 
-from cluster import reaper, submit
+from cluster import submit
 from cluster.run_folder import RunFolder
 from cluster.session import ClusterDown
 from cluster.stop import stop
 from conf.schema import Cluster, Run, RunInfo
-
-ROOT = Path(__file__).parent.parent
 
 
 class FakeJobs:
@@ -200,59 +194,6 @@ def test_a_submission_that_fails_is_told(jobs: FakeJobs, monkeypatch: pytest.Mon
 
 
 # --- against a real head ------------------------------------------------------------------------------------------
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head as the README starts one, on ports of its own; the environment in which a person uses it."""
-    session, ports, folder = secrets.token_hex(8), free_ports(5), tempfile.mkdtemp(prefix="zr", dir="/tmp")
-    env = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_JOB_STOP_WAIT_TIME_S": "120",
-        "ZERORAY_HOME": str(tmp_path_factory.mktemp("home")),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
-    options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    place = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=2", f"--temp-dir={folder}"]
-    started = subprocess.run(
-        ["ray", "start", "--head", "--disable-usage-stats", *options, *place],
-        env=environment(**env, ZERORAY_SESSION=session),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        start_new_session=True,
-    )
-    try:
-        assert started.returncode == 0, started.stdout + started.stderr
-        yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}", "HEAD_FOLDER": folder}
-    finally:
-        groups = {os.getpgid(pid) for pid in reaper.members(session, set())} - {os.getpgid(0)}
-        reaper.end(session, groups)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def working_folder(folder: Path) -> Path:
-    """A clone as far as a job needs it, with what must not be sent along."""
-    folder.mkdir()
-    for name in ("conf", "data_pipeline", "trainer", "cluster", ".gitignore"):
-        (folder / name).symlink_to(ROOT / name)
-    for name in (".venv", "runs", "store"):
-        (folder / name).mkdir()
-        (folder / name / "heavy.bin").write_bytes(secrets.token_bytes(10_000_000))
-    return folder
 
 
 RUN = ["experiment=smoke", "stages=[prepare]", "corpus.include=['json/*']"]

@@ -26,13 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.store import fsync_folder, json_bytes, read_json, seal, unseal, write_bytes, write_json
+from data_pipeline.store import (
+    NoValidCheckpoint,
+    fsync_folder,
+    json_bytes,
+    read_json,
+    seal,
+    unseal,
+    write_bytes,
+    write_json,
+)
 from trainer import tensor_file
 from trainer.distributed import barrier, first_failed_rank
 from trainer.engine import Engine
 from trainer.faults import point
 from trainer.fragments import CheckpointError, cover_error
-from trainer.lineage import Commit, base_of, folders, lineage, record_base, superseded_by
+from trainer.lineage import Commit, base_of, bases, folders, lineage, record_base, superseded_by
 from trainer.state import TrainState
 from trainer.tensor_file import VerifiedFile
 
@@ -191,14 +200,27 @@ def newest_valid(run_folder: str) -> tuple[Commit | None, list[str]]:
 def choose_base(run_folder: str, generation: int, rank: int) -> tuple[Commit | None, list[str]]:
     """What a new gang continues from, recorded once for its generation; the same on every rank.
 
-    The damaged commits that were passed over are told to rank 0 only, which read them.
+    The damaged commits that were passed over are told to rank 0 only, which read them. When steps were trained and no
+    commit is whole, raises NoValidCheckpoint on every rank and records nothing, so that a restored file still counts.
     """
     damaged: list[str] = []
     if rank == 0:
         base, damaged = newest_valid(run_folder)
-        record_base(run_folder, generation, base)
+        if base is not None or not (damaged or trained_before(run_folder)):
+            record_base(run_folder, generation, base)
     barrier()
+    if generation not in bases(run_folder):
+        raise NoValidCheckpoint(
+            f"{run_folder}: has a history but no valid checkpoint ({damaged[0] if damaged else 'there is none'})\n"
+            "restore one, or start over with run.fresh=true"
+        )
     return base_of(run_folder, generation), damaged
+
+
+def trained_before(run_folder: str) -> bool:
+    """Whether the metrics of a step were written in this run."""
+    path = os.path.join(run_folder, "metrics.jsonl")
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 class SliceReader:

@@ -28,7 +28,7 @@ from data_pipeline.ledger import Ledger
 from data_pipeline.order import OrderProgram, Segment
 from data_pipeline.packing import RowView
 from data_pipeline.stages import Prepared, prepared, prepared_at
-from data_pipeline.store import claim_generation, write_json
+from data_pipeline.store import NoValidCheckpoint, claim_generation, write_json
 from data_pipeline.stream import Batch, TrainStream, heldout_batches
 from data_pipeline.unigram import unigram_bits_per_byte
 from trainer import checkpoint
@@ -311,7 +311,7 @@ def export(job: Job) -> None:
 
 
 def main(overrides: list[str]) -> int:
-    """Run as one rank under torchrun; returns the exit code (0 done, 2 bad request, 6 stopped)."""
+    """Run as one rank under torchrun; the exit code: 0 done, 2 bad request, 5 no valid checkpoint, 6 stopped."""
     from conf.compose import compose  # noqa: PLC0415 (only torchrun composes here; a gang gets a finished Run)
 
     rank = RankInfo.from_env()
@@ -324,6 +324,9 @@ def main(overrides: list[str]) -> int:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except NoValidCheckpoint as error:
+        sys.stderr.write(f"{error}\n")
+        return 5
     if rank.rank == 0:
         sys.stdout.write(json.dumps(outcome) + "\n")
     return 0 if outcome["state"] == "done" else 6
