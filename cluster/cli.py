@@ -10,17 +10,11 @@ Exit codes: 0 done, 1 failed, 2 bad request, 3 done with quarantined documents, 
 over a history without a valid checkpoint, 6 stopped in order (the same command continues).
 """
 
-import argparse
-import json
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
+from cluster.console import EXIT_FAILED, parser, print_json, told
 from cluster.names import check_one_folder
-
-EXIT_FAILED, EXIT_BAD_REQUEST = 1, 2
-ERROR_LINES = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,15 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
-
-
-def told(error: ValueError) -> int:
-    """Tell a user's error: three lines at most, except for a table of differences."""
-    from cluster.run_folder import OtherSettings
-
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    sys.stderr.write("\n".join(lines if isinstance(error, OtherSettings) else lines[:ERROR_LINES]) + "\n")
-    return EXIT_BAD_REQUEST
 
 
 def command(words: list[str]) -> int:
@@ -84,41 +69,6 @@ def version() -> str:
         return "from source, not installed"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a ValueError with the nearest flag and the way to the help."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ValueError."""
-        from conf.registry import nearest
-
-        unknown = re.search(r"unrecognized arguments: (\S+)", message)
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        hint = nearest(unknown.group(1), flags) if unknown else ""
-        raise ValueError(f"{self.prog}: {message}{hint}\nflags and examples: {self.prog} --help")
-
-
-def parser(name: str, what: str, examples: list[str], run_words: str = "run") -> Parser:
-    """The parser of one command; `run_words` names its positional words."""
-    text = "examples:\n" + "\n".join(f"  zeroray {name} {example}".rstrip() for example in examples)
-    made = Parser(
-        prog=f"zeroray {name}",
-        description=what,
-        epilog=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    if run_words:
-        made.add_argument(
-            "words", nargs="*", metavar=run_words, help="a run's name, and overrides such as paths.runs=FOLDER"
-        )
-    return made
-
-
-def print_json(value: Any) -> None:
-    """Print a JSON value for a program to read."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def status(words: list[str]) -> int:
     """How a run is."""
     examples = ["quickstart", "quickstart --json", "mine paths.runs=/data/runs"]
@@ -126,9 +76,9 @@ def status(words: list[str]) -> int:
     made.add_argument("--json", action="store_true", help="everything, for a program to read")
     said = made.parse_intermixed_args(words)
     from cluster.lookup import find
-    from cluster.status import status_text
+    from cluster.status import status_of, status_text
 
-    found = find(said.words, made.prog).status()
+    found = status_of(find(said.words, made.prog))
     if said.json:
         print_json(found)
     else:

@@ -45,7 +45,7 @@ def doctor_command(words: list[str], as_json: bool, out: TextIO) -> int:
     places = {"paths.runs": overrides.get("paths.runs", "runs"), "paths.store": overrides.get("paths.store", "store")}
     found = list(findings(places))
     if as_json:
-        from cluster.cli import print_json
+        from cluster.console import print_json
 
         usable = not any(f.state == "broken" for f in found)
         print_json({"usable": usable, "findings": [dataclasses.asdict(f) for f in found]})

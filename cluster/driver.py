@@ -18,7 +18,7 @@ import sys
 import traceback
 from types import FrameType
 
-from cluster.cli import EXIT_BAD_REQUEST, EXIT_FAILED, told
+from cluster.console import EXIT_BAD_REQUEST, EXIT_FAILED, told
 from cluster.logs import teed
 from cluster.names import check_owners, installed
 from cluster.policy import EXIT_HISTORY, EXIT_STOPPED

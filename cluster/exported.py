@@ -85,7 +85,7 @@ def evaluate_command(said: argparse.Namespace, out: TextIO) -> int:
 
     figures = evaluate_export(found.folder, tokens, said.text, found.row_tokens, said.rows)
     if said.json:
-        from cluster.cli import print_json
+        from cluster.console import print_json
 
         print_json(figures)
     else:

@@ -43,7 +43,8 @@ from cluster.preprocess import Progress, TaskFunction, run_stage
 from cluster.run_folder import RunFolder, settle_paths
 from cluster.session import Session, check_ranks, connect, inside_job
 from cluster.shared_folder import check_shared
-from conf.schema import Run, Stage, content_hash, refuse, scientific
+from conf.identity import content_hash, scientific
+from conf.schema import Run, Stage, refuse
 from data_pipeline.store import NoValidCheckpoint, claim_generation, read_json
 
 PROGRESS_EVENT_EVERY_S = 30.0

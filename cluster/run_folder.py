@@ -23,9 +23,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from conf.identity import differences, scientific
 from conf.keys import Names, names
 from conf.saved import load_run, to_yaml
-from conf.schema import Run, Stage, differences, refuse, scientific
+from conf.schema import Run, Stage, refuse
 from data_pipeline.ledger import Ledger
 from data_pipeline.store import EXPIRY_S, Lease, NoValidCheckpoint, read_json, write_bytes
 
@@ -161,12 +162,6 @@ class RunFolder:
         except (FileNotFoundError, ValueError):
             return None
         return record if isinstance(record, dict) else None
-
-    def status(self) -> dict[str, Any]:
-        """Everything that is known of the run, as JSON values."""
-        from cluster.status import status_of
-
-        return status_of(self)
 
     # --- may this request work here ---
 

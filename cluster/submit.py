@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-from cluster.cli import Parser
+from cluster.console import Parser
 from cluster.names import check_owners
 from cluster.run_folder import RunFolder, job_home
 from cluster.session import ClusterDown, use_auth_token_if_there

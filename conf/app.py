@@ -24,11 +24,12 @@ from typing import Any, NoReturn
 import yaml
 
 from conf.compose import compose, composed
+from conf.identity import plain
 from conf.keys import CONF_FOLDER, Names, names
 from conf.overrides import jobs, swept
 from conf.registry import nearest
 from conf.saved import dump
-from conf.schema import Run, plain, refuse
+from conf.schema import Run, refuse
 
 STOPPED = 6
 BY_SEVERITY = [0, 3, STOPPED, 5, 4, 2]  # any other exit code is worse

@@ -24,11 +24,12 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from conf.identity import flatten
 from conf.keys import EVERY_KEY, Names, describe, example, leaf_types, names, refuse_unknown
 from conf.overrides import checked, refuse_resolvers, texts_in
 from conf.registry import nearest
 from conf.saved import dump, load_run, run_from, to_yaml, wrong_type
-from conf.schema import Run, flatten, refuse
+from conf.schema import Run, refuse
 
 __all__ = ["compose", "composed", "dump", "load_run", "to_yaml"]
 

@@ -18,8 +18,9 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from conf.identity import plain
 from conf.registry import nearest
-from conf.schema import Run, plain, refuse
+from conf.schema import Run, refuse
 
 CONF_FOLDER = os.path.dirname(os.path.abspath(__file__))
 EVERY_KEY = "every key and its value: zeroray run --cfg job"

@@ -17,10 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, ValueType
 from hydra.errors import HydraException
 
+from conf.identity import flatten
 from conf.keys import EVERY_KEY, Names, example, is_dict, refuse_unknown
 from conf.registry import nearest
 from conf.saved import wrong_type
-from conf.schema import flatten, refuse
+from conf.schema import refuse
 
 QUOTING = "quote a value that has , = : # { [ ( ~ or letters beyond ASCII:"
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from conf.identity import plain
 from conf.keys import choices, describe, example, leaf_types, names, refuse_unknown
 from conf.registry import nearest
-from conf.schema import Run, plain, refuse
+from conf.schema import Run, refuse
 
 
 def dump(tree: Any) -> str:

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema import content_hash
+from conf.identity import content_hash
 from data_pipeline import store
 
 VERSION = 1

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import content_hash, refuse
+from conf.identity import content_hash
+from conf.schema import refuse
 
 VERSION = 1
 ROUNDS = 6

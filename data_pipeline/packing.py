@@ -14,7 +14,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from conf.schema import content_hash
+from conf.identity import content_hash
 from data_pipeline import shards
 from data_pipeline.manifest import Manifest
 

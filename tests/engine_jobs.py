@@ -12,7 +12,8 @@ from data_pipeline.order import OrderProgram
 from data_pipeline.stream import TrainStream
 from trainer import checkpoint
 from trainer.distributed import RankInfo, sum_over_ranks
-from trainer.engine import Engine, build_engine
+from trainer.engine import Engine
+from trainer.engines import build_engine
 from trainer.models import build_model
 from trainer.state import TrainState
 

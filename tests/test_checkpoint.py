@@ -18,7 +18,8 @@ from data_pipeline.store import NoValidCheckpoint
 from trainer import checkpoint, tensor_file
 from trainer.checkpoint import CheckpointError, Commit, choose_base, newest_valid, prune, record_base, save
 from trainer.distributed import RankInfo
-from trainer.engine import Engine, build_engine
+from trainer.engine import Engine
+from trainer.engines import build_engine
 from trainer.fragments import Fragment, cover_error
 from trainer.state import TrainState
 

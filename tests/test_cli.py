@@ -18,6 +18,7 @@ import cluster.graph
 from cluster import cli, driver, exported
 from cluster.run_folder import RunFolder
 from cluster.session import ClusterDown
+from cluster.status import status_of
 from conf.saved import to_yaml
 from conf.schema import Run, RunInfo, Stage
 from data_pipeline.store import NoValidCheckpoint, write_bytes, write_json
@@ -78,7 +79,7 @@ def test_every_end(
     assert "Traceback" not in said
     end = folder().events()[-1]
     assert (end["event"], end["state"], end["exit_code"]) == ("end", state, code)
-    assert folder().status()["state"] == state
+    assert status_of(folder())["state"] == state
     assert folder().holder() is None
 
 
@@ -211,6 +212,7 @@ SPEAKING = """
 import sys
 from cluster.logs import teed
 from cluster.run_folder import RunFolder
+from cluster.status import status_of
 with teed(RunFolder("runs", "mine")):
     for _ in range(3):
         print("out", flush=True)
@@ -235,6 +237,7 @@ DRIVER = """
 import os, sys, time
 from cluster.logs import teed
 from cluster.run_folder import RunFolder
+from cluster.status import status_of
 folder = RunFolder("runs", "mine")
 with folder.claimed():
     folder.ledger.append("start", pid=os.getpid(), host="here")

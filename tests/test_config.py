@@ -12,9 +12,10 @@ import pytest
 from conf.app import job_names, run_app
 from conf.completion import BASH, candidates
 from conf.compose import compose, load_run, to_yaml
+from conf.identity import differences, flatten, plain, scientific
 from conf.keys import leaf_types, names
 from conf.registry import Registry, load_plugins
-from conf.schema import Precision, Run, Stage, differences, flatten, plain, scientific
+from conf.schema import Precision, Run, Stage
 
 pytestmark = pytest.mark.unit
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from conf.registry import OPTIMIZERS
 from trainer.distributed import RankInfo, stale_locks
-from trainer.engine import build_engine
+from trainer.engines import build_engine
 from trainer.optim import parameter_groups, refuse_unsliceable, state_pattern
 
 STEPS = 50

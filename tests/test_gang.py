@@ -15,7 +15,8 @@ from cluster import gang
 from cluster.gang import GangFailed, GangRequest, log_tail, rank_environment, rank_order, run_gang
 from cluster.policy import Cause
 from cluster.session import Session
-from conf.schema import Run, plain
+from conf.identity import plain
+from conf.schema import Run
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "DS_ACCELERATOR", "OMP_NUM_THREADS")
 

@@ -1,6 +1,7 @@
 """Killed at any moment, the same command continues, and ends with the same bytes as a run that was left alone."""
 
 import hashlib
+import json
 import os
 import pydoc_data.topics
 import signal
@@ -82,6 +83,7 @@ def test_killed_in_every_phase(reference: Path, tmp_path: Path) -> None:
 
 def test_interrupted_once_commits_and_exits_6(reference: Path, tmp_path: Path) -> None:
     args = ["run", *TINY, f"corpus.path={reference / 'text'}", f"paths.store={reference / 'store'}", "run.name=one"]
+    args.append("tracker.wandb=offline")
     run = tmp_path / "runs" / "one"
     process = start(tmp_path, *args)
     wait_until(lambda: len(rows(run)) >= 6, process)
@@ -100,6 +102,8 @@ def test_interrupted_once_commits_and_exits_6(reference: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert newest.name in str(events(run, "damaged")[-1]["path"])
     assert int(str(events(run, "resumed")[-1]["step"])) < steps
+    one_id = json.loads((run / "wandb.json").read_text())["id"]
+    assert [p.stem for p in sorted(run.glob("wandb/offline-run-*/run-*.wandb"))] == [f"run-{one_id}"] * 2
     assert weights(run) == weights(reference / "runs" / "one")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conf.schema import content_hash
+from conf.identity import content_hash
 from data_pipeline import packing, shards
 from data_pipeline.manifest import Manifest
 from data_pipeline.packing import RowView

@@ -1,6 +1,8 @@
 """The README's first command, as it stands: real text to an exported model; the second time it redoes nothing."""
 
 import json
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -96,4 +98,20 @@ def test_wandb_has_the_run(quickstart: Path) -> None:
     files = list(run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 1
     assert json.loads((run / "wandb.json").read_text())["id"] in files[0].name
-    assert "WANDB_API_KEY" not in environment()
+    inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json"]
+    read = subprocess.run([*inspect, str(files[0])], env=environment(), capture_output=True, text=True, check=True)
+    logged = [json.loads(line)["history"]["item"] for line in read.stdout.splitlines() if '"type":"history"' in line]
+    assert [r["_step"] for r in logged] == [r["step"] for r in rows(run)]
+    for name in ("train/loss", "train/tokens", "optim/lr", "perf/tokens_per_s"):
+        assert [r[name] for r in logged] == [r[name] for r in rows(run)]
+    said = subprocess.run(
+        [*inspect, "--summary", str(files[0])], env=environment(), capture_output=True, text=True, check=True
+    )
+    config = json.loads(said.stdout)["config"]
+    assert config["model"]["width"] == 160
+    assert config["zero"]["stage"] == 1
+    here = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    if here.returncode == 0:
+        assert config["git_commit"] == here.stdout.strip()

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from conf.schema import Corpus, Data, Paths, Run, Tokenizer, content_hash
+from conf.identity import content_hash
+from conf.schema import Corpus, Data, Paths, Run, Tokenizer
 from data_pipeline import stages, store
 from data_pipeline.manifest import Manifest
 

@@ -18,6 +18,7 @@ from processes import command, environment, zeroray
 from cluster import submit
 from cluster.run_folder import RunFolder
 from cluster.session import ClusterDown
+from cluster.status import status_of
 from cluster.stop import stop
 from conf.schema import Cluster, Run, RunInfo
 
@@ -135,11 +136,11 @@ def test_follow_returns_the_jobs_exit_code(
 def test_a_queued_run_is_seen_and_can_be_stopped(jobs: FakeJobs) -> None:
     submitted()
     folder = RunFolder(f"{os.environ['ZERORAY_HOME']}/runs", "mine")
-    assert folder.status()["state"] == "queued"
+    assert status_of(folder)["state"] == "queued"
     out = io.StringIO()
     assert stop(folder, 1.0, out) == 0
     assert jobs.jobs["zeroray-mine-1"].status == "STOPPED"
-    assert folder.status()["state"] == "stopped"
+    assert status_of(folder)["state"] == "stopped"
     assert "told to stop" in out.getvalue()
 
 

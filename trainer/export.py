@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from conf.schema import Attention, Model, plain
+from conf.identity import plain
+from conf.schema import Attention, Model
 from data_pipeline.store import fsync_folder, read_json, write_bytes, write_json
 from trainer.decoder import Decoder
 from trainer.models import bare_model

@@ -86,7 +86,8 @@ class Loop:
             int(labels),
             rate,
         )
-        (loss_sum,) = sum_over_ranks([result.loss_sum], engine.device)
+        data_of_ranks = [data_s if rank == engine.rank else 0.0 for rank in range(engine.world_size)]
+        loss_sum, *data_of_ranks = sum_over_ranks([result.loss_sum, *data_of_ranks], engine.device)
         loss = loss_sum / max(1.0, labels)
         if not math.isfinite(loss) or not math.isfinite(result.grad_norm):
             raise FloatingPointError(
@@ -102,12 +103,14 @@ class Loop:
             "train/bpb": loss_sum / math.log(2) / text_bytes if text_bytes else None,
             "train/tokens": self.state.tokens,
             "train/samples": self.state.samples,
+            "train/epoch": self.state.samples / self.stream.view.num_rows,
             "optim/lr": rate,
             "optim/grad_norm": result.grad_norm,
             "optim/skipped_steps": int(result.skipped),
             "perf/step_s": step_s,
             "perf/tokens_per_s": labels / step_s,
-            "time/data_s": data_s,
+            "perf/tokens_per_s_per_device": labels / step_s / engine.world_size,
+            "time/data_s": max(data_of_ranks),
             **self.run_metrics(),
         }
         return row, stop > 0

@@ -15,7 +15,8 @@ import secrets
 import subprocess
 from typing import Any, Literal, Protocol
 
-from conf.schema import Run, WandbMode, plain
+from conf.identity import plain
+from conf.schema import Run, WandbMode
 from data_pipeline.ledger import Ledger
 from data_pipeline.store import create_exclusive, json_bytes, read_json, write_bytes
 

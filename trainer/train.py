@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from conf.identity import content_hash, differences, scientific
 from conf.registry import load_plugins
-from conf.schema import Run, Stage, content_hash, differences, refuse, scientific
+from conf.schema import Run, Stage, refuse
 from data_pipeline.ledger import Ledger
 from data_pipeline.order import OrderProgram, Segment
 from data_pipeline.packing import RowView
@@ -33,7 +34,8 @@ from data_pipeline.stream import Batch, TrainStream, heldout_batches
 from data_pipeline.unigram import unigram_bits_per_byte
 from trainer import checkpoint
 from trainer.distributed import RankInfo, barrier, close_distributed, init_distributed, sum_over_ranks
-from trainer.engine import Engine, build_engine
+from trainer.engine import Engine
+from trainer.engines import build_engine
 from trainer.evaluate import evaluate
 from trainer.export import export_hf
 from trainer.generate import sample_texts
