@@ -24,8 +24,9 @@ from cluster.names import check_owners, installed
 from cluster.policy import EXIT_HISTORY, EXIT_STOPPED
 from cluster.run_folder import RunFolder, settle_paths
 from cluster.session import ClusterDown, inside_job
+from conf.refusal import refuse
 from conf.registry import MODELS, OBJECTIVES, OPTIMIZERS, SCHEDULES, load_plugins
-from conf.schema import Run, Stage, refuse
+from conf.schema import Run, Stage
 from data_pipeline.store import NoValidCheckpoint
 
 log = logging.getLogger("zeroray")

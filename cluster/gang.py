@@ -28,9 +28,10 @@ from typing import Any
 from cluster.policy import Cause, Failure, culprit, describe, failure_of
 from cluster.session import Session, plugin_folder
 from conf.identity import plain
+from conf.refusal import refuse
 from conf.registry import load_plugins
 from conf.saved import run_from
-from conf.schema import Run, refuse
+from conf.schema import Run
 
 log = logging.getLogger("zeroray")
 

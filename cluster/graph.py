@@ -44,7 +44,8 @@ from cluster.run_folder import RunFolder, settle_paths
 from cluster.session import Session, check_ranks, connect, inside_job
 from cluster.shared_folder import check_shared
 from conf.identity import content_hash, scientific
-from conf.schema import Run, Stage, refuse
+from conf.refusal import refuse
+from conf.schema import Run, Stage
 from data_pipeline.store import NoValidCheckpoint, claim_generation, read_json
 
 PROGRESS_EVENT_EVERY_S = 30.0

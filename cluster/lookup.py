@@ -14,8 +14,9 @@ import yaml
 
 from cluster.run_folder import RunFolder, places
 from conf.keys import CONF_FOLDER, names, refuse_unknown
+from conf.refusal import refuse
 from conf.registry import nearest
-from conf.schema import Paths, RunInfo, refuse
+from conf.schema import Paths, RunInfo
 
 
 @dataclass

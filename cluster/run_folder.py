@@ -25,8 +25,9 @@ from typing import Any
 
 from conf.identity import differences, scientific
 from conf.keys import Names, names
+from conf.refusal import refuse
 from conf.saved import load_run, to_yaml
-from conf.schema import Run, Stage, refuse
+from conf.schema import Run, Stage
 from data_pipeline.ledger import Ledger
 from data_pipeline.store import EXPIRY_S, Lease, NoValidCheckpoint, read_json, write_bytes
 

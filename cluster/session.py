@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster import reaper
-from conf.schema import Run, Stage, refuse
+from conf.refusal import refuse
+from conf.schema import Run, Stage
 
 log = logging.getLogger("zeroray")
 

@@ -11,7 +11,8 @@ import secrets
 from typing import Any
 
 from cluster.session import Session
-from conf.schema import Run, refuse
+from conf.refusal import refuse
+from conf.schema import Run
 from data_pipeline.store import write_bytes
 
 PROBE_TIMEOUT_S = 60.0

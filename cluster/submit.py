@@ -29,7 +29,8 @@ from cluster.names import check_owners
 from cluster.run_folder import RunFolder, job_home
 from cluster.session import ClusterDown, use_auth_token_if_there
 from conf.app import run_app
-from conf.schema import Run, refuse
+from conf.refusal import refuse
+from conf.schema import Run
 from data_pipeline.store import write_json
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

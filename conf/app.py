@@ -27,9 +27,10 @@ from conf.compose import compose, composed
 from conf.identity import plain
 from conf.keys import CONF_FOLDER, Names, names
 from conf.overrides import jobs, swept
+from conf.refusal import refuse
 from conf.registry import nearest
 from conf.saved import dump
-from conf.schema import Run, refuse
+from conf.schema import Run
 
 STOPPED = 6
 BY_SEVERITY = [0, 3, STOPPED, 5, 4, 2]  # any other exit code is worse

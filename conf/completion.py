@@ -13,8 +13,8 @@ import os
 from typing import TextIO
 
 from conf.keys import Names, choices, defaults, is_dict, names
+from conf.refusal import refuse
 from conf.registry import nearest
-from conf.schema import refuse
 
 FLAGS = ["--cfg", "--config-dir", "--help", "--multirun", "--package", "--resolve"]
 TAKES_OVERRIDES = ("run", "submit")

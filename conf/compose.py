@@ -27,9 +27,10 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from conf.identity import flatten
 from conf.keys import EVERY_KEY, Names, describe, example, leaf_types, names, refuse_unknown
 from conf.overrides import checked, refuse_resolvers, texts_in
+from conf.refusal import refuse
 from conf.registry import nearest
 from conf.saved import dump, load_run, run_from, to_yaml, wrong_type
-from conf.schema import Run, refuse
+from conf.schema import Run
 
 __all__ = ["compose", "composed", "dump", "load_run", "to_yaml"]
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.identity import plain
+from conf.refusal import refuse
 from conf.registry import nearest
-from conf.schema import Run, refuse
+from conf.schema import Run
 
 CONF_FOLDER = os.path.dirname(os.path.abspath(__file__))
 EVERY_KEY = "every key and its value: zeroray run --cfg job"

@@ -19,9 +19,9 @@ from hydra.errors import HydraException
 
 from conf.identity import flatten
 from conf.keys import EVERY_KEY, Names, example, is_dict, refuse_unknown
+from conf.refusal import refuse
 from conf.registry import nearest
 from conf.saved import wrong_type
-from conf.schema import refuse
 
 QUOTING = "quote a value that has , = : # { [ ( ~ or letters beyond ASCII:"
 

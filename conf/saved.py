@@ -18,8 +18,9 @@ import yaml
 
 from conf.identity import plain
 from conf.keys import choices, describe, example, leaf_types, names, refuse_unknown
+from conf.refusal import refuse
 from conf.registry import nearest
-from conf.schema import Run, refuse
+from conf.schema import Run
 
 
 def dump(tree: Any) -> str:

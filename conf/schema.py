@@ -3,15 +3,17 @@
 `Run` is the contract between the command line and everything else. Hydra fills it from YAML (see `conf.compose`), it
 becomes one object, and from then on nobody sees a `DictConfig`. Keys are *scientific* (they change the result: data,
 model, optimizer, seed, batch) or *operational* (paths, ranks, tracker, intervals), marked by `op(...)`. The same run
-name with other operational keys continues; with other scientific keys it is refused (`differences`).
+name with other operational keys continues; with other scientific keys it is refused (`conf.identity`).
 """
 
 import dataclasses
 import enum
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from conf.refusal import positive, refuse
+from conf.zero_settings import refuse_extra
 
 VERSION = 1
 
@@ -21,21 +23,6 @@ def op(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING
     if factory is not dataclasses.MISSING:
         return field(default_factory=factory, metadata={"operational": True})
     return field(default=default, metadata={"operational": True})
-
-
-def refuse(key: str, value: object, reason: str, way_out: str) -> ValueError:
-    """The one form of a user's error: dotted key, value, reason, and what to do."""
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else value  # as it is typed: null, true
-    return ValueError(f"{key}={shown}: {reason}\n{way_out}")
-
-
-def positive(prefix: str, thing: object, *names: str) -> None:
-    """Refuse any of the attributes `names` of `thing` that is not a finite number above zero."""
-    for name in names:
-        if not 0 < getattr(thing, name) < math.inf:
-            usual = type(thing).__dataclass_fields__[name].default  # type: ignore[attr-defined]
-            way_out = f"for example {prefix}.{name}={usual}"
-            raise refuse(f"{prefix}.{name}", getattr(thing, name), "must be above 0", way_out)
 
 
 class Stage(enum.Enum):
@@ -329,9 +316,10 @@ class Zero:
     extra: dict[str, Any] = op(factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse stages that do not exist."""
+        """Refuse stages that do not exist, and settings that are not known to leave result and checkpoints alone."""
         if self.stage not in (0, 1, 2, 3):
             raise refuse("zero.stage", self.stage, "no such ZeRO stage", "use zero.stage=0, 1, 2 or 3")
+        refuse_extra(self.extra)
 
 
 @dataclass(kw_only=True, slots=True)

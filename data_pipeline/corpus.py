@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from conf.refusal import refuse
 from conf.registry import READERS
-from conf.schema import Corpus, refuse
+from conf.schema import Corpus
 
 
 @dataclass(slots=True)

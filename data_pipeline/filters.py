@@ -11,8 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from conf.refusal import refuse
 from conf.registry import FILTERS
-from conf.schema import refuse
 
 Filter = Callable[[str], str | None]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from conf.identity import content_hash
-from conf.schema import refuse
+from conf.refusal import refuse
 
 VERSION = 1
 ROUNDS = 6

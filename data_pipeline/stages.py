@@ -26,8 +26,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from conf.identity import content_hash
+from conf.refusal import refuse
 from conf.registry import FILTERS, READERS, load_plugins
-from conf.schema import Run, refuse
+from conf.schema import Run
 from data_pipeline import corpus, documents, manifest, store, tokenizer, tokens
 from data_pipeline.filters import build_filters
 from data_pipeline.manifest import Manifest

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from conf.schema import refuse
+from conf.refusal import refuse
 from data_pipeline import documents, manifest
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"

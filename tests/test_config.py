@@ -78,9 +78,11 @@ def test_a_plus_before_a_known_name_means_the_name(plus: str) -> None:
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_free_form_dicts_take_new_names(plus: str) -> None:
-    run = compose([f"{plus}data.filters.min_chars.limit=5", f"{plus}zero.extra.a.b=[1,2]", f"{plus}model.options.x=y"])
+    run = compose(
+        [f"{plus}data.filters.min_chars.limit=5", f"{plus}zero.extra.reduce_bucket_size=9", f"{plus}model.options.x=y"]
+    )
     assert run.data.filters == {"min_chars": {"limit": 5}}
-    assert run.zero.extra == {"a": {"b": [1, 2]}}
+    assert run.zero.extra == {"reduce_bucket_size": 9}
     assert run.model.options == {"x": "y"}
     assert compose([f"{plus}data.filters={{a: {{b: 1}}}}"]).data.filters == {"a": {"b": 1}}
 
@@ -202,6 +204,8 @@ REFUSED = [
     ("+_target_=os.system", "nothing in it is imported", ""),
     ("data.filters={x: {_target_: os.system}}", "nothing in it is imported", ""),
     ("zero.extra._target_=os.system", "nothing in it is imported", ""),
+    ("zero.extra.round_robin_gradients=true", "wrong parameters' names", "leave out"),
+    ("zero.extra.reduce_bucket=9", "did you mean 'reduce_bucket_size'?", "known: "),
     ("hydra.run.dir=/x", "Hydra's own settings", ""),
     ("+hydra.callbacks.x._target_=os.system", "nothing in it is imported", ""),
     ("hydra/launcher=basic", "Hydra's own settings", ""),

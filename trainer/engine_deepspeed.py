@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.registry import nearest
-from conf.schema import Precision, Run, refuse
+from conf.schema import Precision, Run
+from conf.zero_settings import refuse_extra
 from trainer.distributed import RankInfo, private_extensions_folder, refuse_stale_locks
 from trainer.engine import Objective, StepResult
 from trainer.engine_plain import WholeHolder
@@ -34,60 +34,6 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402 (reads the environment set above)
 
 from trainer.engine_fragments import Zero3Holder, Zero12Holder  # noqa: E402
-
-# Settings of the zero_optimization section that change speed and memory only. All were read for what they do to the
-# layout of partitions; those in FORBIDDEN are known to change it, or the result.
-ALLOWED = frozenset(
-    {
-        "allgather_bucket_size",
-        "allgather_partitions",
-        "contiguous_gradients",
-        "log_trace_cache_warnings",
-        "overlap_comm",
-        "reduce_bucket_size",
-        "reduce_scatter",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold",
-        "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size",
-        "sub_group_size",
-        "use_multi_rank_bucket_allreduce",
-    }
-)
-OFFLOAD = "its state lies where checkpoints are not yet proven to find it"
-QUANTIZED = "it rounds what is communicated, so the result would depend on the world size"
-FORBIDDEN = {
-    "stage": "the stage has its own key; use zero.stage",
-    "round_robin_gradients": "DeepSpeed then stores partitions under the wrong parameters' names, in silence",
-    "parameter_alignment": "it pads between parameters, which checkpoints are not proven with",
-    "elastic_checkpoint": "DeepSpeed's checkpoints are not used",
-    "load_from_fp32_weights": "DeepSpeed's checkpoints are not used",
-    "stage3_gather_16bit_weights_on_model_save": "DeepSpeed's checkpoints are not used",
-    "compute_grad_norm": "the gradient norm is always reported",
-    "offload_optimizer": OFFLOAD,
-    "offload_param": OFFLOAD,
-    "cpu_offload": OFFLOAD,
-    "zenflow": OFFLOAD,
-    "zero_hpz_partition_size": "it keeps a second partition, which checkpoints are not proven with",
-    "zero_quantized_weights": QUANTIZED,
-    "zero_quantized_gradients": QUANTIZED,
-    "zero_quantized_nontrainable_weights": QUANTIZED,
-}
-
-
-def refuse_extra(extra: dict[str, Any]) -> None:
-    """Refuse every key of `zero.extra` that is not known to leave result and checkpoints alone."""
-    for key, value in extra.items():
-        if key in FORBIDDEN:
-            raise refuse(f"zero.extra.{key}", value, FORBIDDEN[key], f"leave out zero.extra.{key}")
-        if key not in ALLOWED:
-            known = ", ".join(sorted(ALLOWED))
-            raise refuse(
-                f"zero.extra.{key}", value, f"not a setting that passes to DeepSpeed{nearest(key, sorted(ALLOWED))}",
-                f"known: {known}",
-            )  # fmt: skip
 
 
 def deepspeed_config(run: Run, world_size: int) -> dict[str, Any]:

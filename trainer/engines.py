@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from conf.schema import EngineKind, Run, refuse
+from conf.refusal import refuse
+from conf.schema import EngineKind, Run
 from trainer.distributed import RankInfo
 from trainer.engine import Engine
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from conf.refusal import refuse
 from conf.registry import OBJECTIVES
-from conf.schema import Run, refuse
+from conf.schema import Run
 
 
 @OBJECTIVES.register("causal_lm")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from conf.refusal import refuse
 from conf.registry import OPTIMIZERS
-from conf.schema import Optim, Run, refuse
+from conf.schema import Optim, Run
 
 Groups = list[dict[str, Any]]
 

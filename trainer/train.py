@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from conf.identity import content_hash, differences, scientific
+from conf.refusal import refuse
 from conf.registry import load_plugins
-from conf.schema import Run, Stage, refuse
+from conf.schema import Run, Stage
 from data_pipeline.ledger import Ledger
 from data_pipeline.order import OrderProgram, Segment
 from data_pipeline.packing import RowView
