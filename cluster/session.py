@@ -18,6 +18,7 @@ import contextlib
 import http.client
 import logging
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from conf.schema import Run, Stage
 
 log = logging.getLogger("zeroray")
 
+PRIVATE_PORTS = range(18265, 28265)  # below the ports that the kernel hands out
 CONNECT_DEADLINE_S = 10.0
 OBJECT_STORE_BYTES = 200_000_000  # what goes through Ray is small; data goes through files
 
@@ -175,7 +177,7 @@ def reload_auth() -> None:
     setup.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def start_private(port: int | None, folder: str, guard: "subprocess.Popen[bytes]") -> Session:
+def start_private(port: int, folder: str, guard: "subprocess.Popen[bytes]") -> Session:
     """Start Ray's processes on this machine."""
     import ray
 
@@ -224,10 +226,13 @@ def end_private(guard: "subprocess.Popen[bytes]") -> None:
         guard.wait(timeout=10)
 
 
-def free_dashboard_port(port: int) -> int | None:
-    """`cluster.dashboard_port` if it is free, None (Ray's choice) when it is 0; refuses one that is taken."""
+def free_dashboard_port(port: int) -> int:
+    """`cluster.dashboard_port` if it is free, some free port when it is 0; refuses one that is taken.
+
+    Ray's own choice would be 8265, where a head that is started later expects its dashboard and Jobs API.
+    """
     if port == 0:
-        return None
+        return next(number for number in random.sample(PRIVATE_PORTS, len(PRIVATE_PORTS)) if is_free(number))
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -240,6 +245,12 @@ def free_dashboard_port(port: int) -> int | None:
                 "choose another, or 0 for any free one",
             ) from error
     return port
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on this port of loopback."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 # --- somebody else's Ray -----------------------------------------------------------------------------------------
