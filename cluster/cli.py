@@ -13,8 +13,8 @@ over a history without a valid checkpoint, 6 stopped in order (the same command 
 import sys
 from collections.abc import Callable, Sequence
 
-from cluster.console import EXIT_FAILED, parser, print_json, told
-from cluster.names import check_one_folder
+from cluster.console import EXIT_BAD_REQUEST, EXIT_FAILED, parser, print_json, told
+from cluster.names import Shadowed, check_one_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,10 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         check_one_folder()
+    except Shadowed as error:
+        sys.stderr.write(f"{error}\n")
+        return EXIT_BAD_REQUEST
+    from conf.refusal import BadRequest
+
+    try:
         code = command(words)
         sys.stdout.flush()
         return code
-    except ValueError as error:
+    except BadRequest as error:
         return told(error)
     except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
         from cluster.logs import to_nowhere
@@ -53,9 +59,10 @@ def command(words: list[str]) -> int:
 
         return shell(words[1:], list(COMMANDS), sys.stdout)
     if words[0] not in COMMANDS:
+        from conf.refusal import BadRequest
         from conf.registry import nearest
 
-        raise ValueError(f"zeroray {words[0]}: no such command{nearest(words[0], list(COMMANDS))}\nzeroray --help")
+        raise BadRequest(f"zeroray {words[0]}: no such command{nearest(words[0], list(COMMANDS))}\nzeroray --help")
     return COMMANDS[words[0]](words[1:])
 
 

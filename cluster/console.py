@@ -20,16 +20,17 @@ def told(error: ValueError) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a ValueError with the nearest flag and the way to the help."""
+    """A parser whose errors are a BadRequest with the nearest flag and the way to the help."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ValueError."""
+        """Raise BadRequest."""
+        from conf.refusal import BadRequest
         from conf.registry import nearest
 
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         flags = [flag for action in self._actions for flag in action.option_strings]
         hint = nearest(unknown.group(1), flags) if unknown else ""
-        raise ValueError(f"{self.prog}: {message}{hint}\nflags and examples: {self.prog} --help")
+        raise BadRequest(f"{self.prog}: {message}{hint}\nflags and examples: {self.prog} --help")
 
 
 def parser(name: str, what: str, examples: list[str], run_words: str = "run") -> Parser:

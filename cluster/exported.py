@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from cluster.run_folder import RunFolder
+from conf.refusal import BadRequest
 from conf.saved import load_run
 from conf.schema import Run
 from data_pipeline.store import read_json
@@ -45,13 +46,13 @@ def exported(model: str, words: list[str], command: str) -> Exported:
         known = beside is not None and os.path.exists(beside.yaml_path)
         return Exported(path, beside if known else None, load_run(beside.yaml_path) if known and beside else None)
     if os.sep in model:
-        raise ValueError(f"{command} {model}: no exported model there (config.json is missing)\na run's export/ is one")
+        raise BadRequest(f"{command} {model}: no exported model there (config.json is missing)\na run's export/ is one")
     from cluster.lookup import find
 
     folder = find([model, *words], command)
     path = f"{folder.path}/export"
     if not os.path.exists(f"{path}/config.json"):
-        raise ValueError(
+        raise BadRequest(
             f"run.name={folder.name}: has no exported model yet ({path})\n"
             f"see how far it is: zeroray status {folder.name}; the stages train and export make it"
         )
@@ -63,7 +64,7 @@ def generate_command(said: argparse.Namespace, out: TextIO) -> int:
     overrides = [word for word in said.words if re.match(r"paths\.(runs|store)=", word)]
     prompts = [word for word in said.words if word not in overrides]
     if not prompts:
-        raise ValueError('zeroray generate: no prompt\nfor example zeroray generate quickstart "def read(path):"')
+        raise BadRequest('zeroray generate: no prompt\nfor example zeroray generate quickstart "def read(path):"')
     found = exported(said.model, overrides, "zeroray generate")
     from trainer.generate import generate
 
@@ -77,7 +78,7 @@ def evaluate_command(said: argparse.Namespace, out: TextIO) -> int:
     found = exported(said.model, said.words, "zeroray eval")
     tokens = tokens_folder(found)
     if tokens is None and not said.text:
-        raise ValueError(
+        raise BadRequest(
             f"zeroray eval {said.model}: the held-out text of this model is not here\n"
             "name text files to measure: --text FILE ..."
         )

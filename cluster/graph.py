@@ -44,7 +44,7 @@ from cluster.run_folder import RunFolder, settle_paths
 from cluster.session import Session, check_ranks, connect, inside_job
 from cluster.shared_folder import check_shared
 from conf.identity import content_hash, scientific
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.schema import Run, Stage
 from data_pipeline.store import NoValidCheckpoint, claim_generation, read_json
 
@@ -272,7 +272,7 @@ class Graph:
     def finish(self, failure: Failure, decision: Decision) -> int:
         """The end of a run whose gang did not come to its own."""
         if failure.cause is Cause.bad_request:
-            raise ValueError(failure.message)
+            raise BadRequest(failure.message)
         if failure.cause is Cause.no_checkpoint:
             raise NoValidCheckpoint(failure.message)
         if failure.cause is Cause.stopped:

@@ -17,6 +17,7 @@ from typing import IO, TextIO
 
 from cluster.run_folder import RunFolder
 from cluster.status import state_of
+from conf.refusal import BadRequest
 
 POLL_S = 0.3
 BLOCK_BYTES = 65_536
@@ -35,7 +36,7 @@ def show(folder: RunFolder, rank: int | None, lines: int, follow: bool, out: Tex
     files = log_files(folder, rank)
     if not files and not (follow and active(folder)):
         which = f"of rank {rank} " if rank is not None else ""
-        raise ValueError(
+        raise BadRequest(
             f"run.name={folder.name}: no log {which}in {folder.logs}\nhow it is: zeroray status {folder.name}"
         )
     read_to = {}

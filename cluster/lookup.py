@@ -14,7 +14,7 @@ import yaml
 
 from cluster.run_folder import RunFolder, places
 from conf.keys import CONF_FOLDER, names, refuse_unknown
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import nearest
 from conf.schema import Paths, RunInfo
 
@@ -43,7 +43,7 @@ def read(words: list[str]) -> Words:
         key, equals, value = word.lstrip("+").partition("=")
         if not equals:
             if found.name is not None:
-                raise ValueError(f"{word}: only one run at a time, and {found.name} is named already")
+                raise BadRequest(f"{word}: only one run at a time, and {found.name} is named already")
             found.name = RunInfo(name=word).name
             continue
         kind = known.kind(key)
@@ -71,10 +71,10 @@ def find(words: list[str], command: str) -> RunFolder:
     """The run that the words name; raises ValueError, with the names there are, when there is no such run."""
     said = read(words)
     if said.name is None:
-        raise ValueError(f"{command}: which run?\n{known_runs(said)}")
+        raise BadRequest(f"{command}: which run?\n{known_runs(said)}")
     found = [f for place in said.searched() if (f := RunFolder(place, said.name)).exists() or f.submission()]
     if not found:
-        raise ValueError(
+        raise BadRequest(
             f"run.name={said.name}: no such run in {' or '.join(said.searched())}"
             f"{nearest(said.name, run_names(said))}\n{known_runs(said)}"
         )

@@ -14,12 +14,16 @@ PACKAGES = ("conf", "data_pipeline", "trainer", "cluster")
 DISTRIBUTION = "zeroray"
 
 
+class Shadowed(Exception):  # noqa: N818 (what it is)
+    """One of the four packages is somebody else's; `conf` itself may be, so nothing of it is imported to say so."""
+
+
 def check_one_folder() -> None:
-    """Raise ValueError when Python finds one of the four packages elsewhere than beside this one."""
+    """Raise Shadowed when Python finds one of the four packages elsewhere than beside this one."""
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for name, place in locations().items():
         if place is None or not os.path.samefile(os.path.dirname(place), home):
-            raise ValueError(
+            raise Shadowed(
                 f"import {name}: Python finds {place or 'nothing'}, not zeroray's {home}/{name}\n"
                 "leave the folder that holds it, or install zeroray into an environment of its own (make install)"
             )
@@ -36,8 +40,10 @@ def locations() -> dict[str, str | None]:
 
 def check_owners() -> None:
     """Raise ValueError when another distribution installed one of the four packages."""
+    from conf.refusal import BadRequest
+
     for name, foreign in foreign_owners().items():
-        raise ValueError(
+        raise BadRequest(
             f"import {name}: also installed by {', '.join(foreign)}, which overwrites zeroray's\n"
             f"pip uninstall -y {' '.join(foreign)}, then install zeroray again, best into an environment of its own"
         )

@@ -25,7 +25,7 @@ from typing import Any
 
 from conf.identity import differences, scientific
 from conf.keys import Names, names
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.saved import load_run, to_yaml
 from conf.schema import Run, Stage
 from data_pipeline.ledger import Ledger
@@ -37,11 +37,11 @@ JOB_HOME = "ZERORAY_HOME"
 NEEDS_CHECKPOINT = {Stage.train, Stage.evaluate, Stage.export}
 
 
-class AlreadyActive(ValueError):  # noqa: N818 (an outcome)
+class AlreadyActive(BadRequest):
     """Another process is working on this run."""
 
 
-class OtherSettings(ValueError):  # noqa: N818 (an outcome)
+class OtherSettings(BadRequest):
     """The request differs from the run in scientific keys; the message holds a table and may be longer than others."""
 
 

@@ -27,7 +27,7 @@ from conf.compose import compose, composed
 from conf.identity import plain
 from conf.keys import CONF_FOLDER, Names, names
 from conf.overrides import jobs, swept
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import nearest
 from conf.saved import dump
 from conf.schema import Run
@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         known = [flag for action in self._actions for flag in action.option_strings]
         hint = nearest(unknown.group(1), known) if unknown else ""
-        raise ValueError(f"{self.prog}: {message}{hint}\nflags, groups and examples: {self.prog} --help")
+        raise BadRequest(f"{self.prog}: {message}{hint}\nflags, groups and examples: {self.prog} --help")
 
 
 def planned(flags: argparse.Namespace) -> list[Run]:

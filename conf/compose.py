@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from conf.identity import flatten
 from conf.keys import EVERY_KEY, Names, describe, example, leaf_types, names, refuse_unknown
 from conf.overrides import checked, refuse_resolvers, texts_in
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import nearest
 from conf.saved import dump, load_run, run_from, to_yaml, wrong_type
 from conf.schema import Run
@@ -107,11 +107,11 @@ def _check_interpolation(config: DictConfig, key: str, value: str, known: Names)
         raise refuse(key, value, f"{reason}{hint}", f"for example {example(known.free_form_of(key) or key)}") from error
 
 
-def explained(error: Exception, typed: list[str], known: Names) -> ValueError:
+def explained(error: Exception, typed: list[str], known: Names) -> BadRequest:
     """Hydra's, OmegaConf's and YAML's errors as ours: the dotted key, the reason, the way out."""
     text = str(error.__cause__ or error)
     if isinstance(error, yaml.YAMLError):
-        return ValueError(f"{' '.join(text.split())[:300]}\nmend this file, or choose another option of its group")
+        return BadRequest(f"{' '.join(text.split())[:300]}\nmend this file, or choose another option of its group")
     if isinstance(error, MissingConfigException):
         return _no_such_file(error, known)
     found = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error))
@@ -124,11 +124,11 @@ def explained(error: Exception, typed: list[str], known: Names) -> ValueError:
         return refuse_unknown(key, f"... (in {where.group(1)}.yaml)" if where else "...", known)
     gone = re.search(r"Could not delete from config. '(.+)' does not exist", str(error))
     if gone:
-        return ValueError(f"~{gone.group(1)}: is not there to be removed\n{EVERY_KEY}")
-    return ValueError("\n".join([*str(error).strip().splitlines()[:2], EVERY_KEY]))
+        return BadRequest(f"~{gone.group(1)}: is not there to be removed\n{EVERY_KEY}")
+    return BadRequest("\n".join([*str(error).strip().splitlines()[:2], EVERY_KEY]))
 
 
-def _no_such_file(error: MissingConfigException, known: Names) -> ValueError:
+def _no_such_file(error: MissingConfigException, known: Names) -> BadRequest:
     """A defaults list in YAML names an option that does not exist."""
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     where = re.search(r"In '([^']+)'", str(error))

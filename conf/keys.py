@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.identity import plain
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import nearest
 from conf.schema import Run
 
@@ -117,7 +117,7 @@ def _groups_in(folder: str) -> dict[str, list[str]]:
     return found
 
 
-def refuse_unknown(key: str, value: object, known: Names) -> ValueError:
+def refuse_unknown(key: str, value: object, known: Names) -> BadRequest:
     """The error for a key that is not there."""
     parent = key.rpartition(".")[0]
     if parent in known.types:

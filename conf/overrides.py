@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 
 from conf.identity import flatten
 from conf.keys import EVERY_KEY, Names, example, is_dict, refuse_unknown
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import nearest
 from conf.saved import wrong_type
 
@@ -103,7 +103,7 @@ def _accepted(override: Override, names: Names) -> str:
     if kind == "unknown":
         raise refuse_unknown(key, value, names)
     if override.is_delete():
-        raise ValueError(f"~{key}: a key cannot be removed\nset it instead, for example {example(key)}")
+        raise BadRequest(f"~{key}: a key cannot be removed\nset it instead, for example {example(key)}")
     if names.types[key] is bool and not isinstance(override.value(), bool | str):
         raise wrong_type(key, value, bool)  # OmegaConf would take 2 for true
     return f"{key}={value}"
@@ -117,7 +117,7 @@ def _group_choice(override: Override, value: str, names: Names) -> str:
         return "experiment=null"
     way_out = f"options: {', '.join(options)}"
     if override.is_delete():
-        raise ValueError(f"~{group}: a run has one of each group\n{way_out}")
+        raise BadRequest(f"~{group}: a run has one of each group\n{way_out}")
     if chosen not in options:
         below = f"; its keys are set one by one: {group}.key=value" if isinstance(chosen, dict) else ""
         raise refuse(group, value, f"no such option{nearest(str(chosen), options)}", f"{way_out}{below}")
@@ -131,7 +131,7 @@ def _free_form(override: Override, value: str, names: Names) -> str:
     if override.is_delete() and not whole:
         return f"~{key}"
     if override.is_delete():
-        raise ValueError(f"~{key}: removes all at once\nremove one by one: ~{key}.name")
+        raise BadRequest(f"~{key}: removes all at once\nremove one by one: ~{key}.name")
     if whole and not (isinstance(override.value(), dict) and override.value()):
         raise refuse(key, value, "takes names with values", f"for example {example(key)}; ~{key}.name removes one")
     return f"++{key}={value}"
@@ -166,20 +166,20 @@ def _spread(override: Override, names: Names) -> Iterator[str]:
     yield from (f"{key}={value}" for value in override.sweep_string_iterator())
 
 
-def _several_values(override: Override) -> ValueError:
+def _several_values(override: Override) -> BadRequest:
     """The error for a comma that means several values where one run is asked for."""
     key, value = override.key_or_group, _value_text(override)
     way_out = f"one run for each: add --multirun; a list: {key}=[{value}]; a text with a comma: '{key}=\"{value}\"'"
     return refuse(key, value, "several values for one run", way_out)
 
 
-def _no_value(text: str, names: Names) -> ValueError:
+def _no_value(text: str, names: Names) -> BadRequest:
     """The error for a word without `=`: perhaps an option whose group was left out, perhaps a key."""
     owners = [group for group, options in names.groups.items() if text in options]
     if text in names.types:
-        return ValueError(f"{text}: an override is written key=value\nfor example {example(text)}")
+        return BadRequest(f"{text}: an override is written key=value\nfor example {example(text)}")
     guess = f" (did you mean '{owners[-1]}={text}'?)" if owners else names.nearest(text)
-    return ValueError(f"{text}: an override is written key=value{guess}\n{EVERY_KEY}")
+    return BadRequest(f"{text}: an override is written key=value{guess}\n{EVERY_KEY}")
 
 
 def _value_text(override: Override) -> str:

@@ -4,10 +4,14 @@ import json
 import math
 
 
-def refuse(key: str, value: object, reason: str, way_out: str) -> ValueError:
+class BadRequest(ValueError):  # noqa: N818 (what it is, not what went wrong)
+    """Something the user can mend: told in a few lines, exit code 2. Any other ValueError is an error of some code."""
+
+
+def refuse(key: str, value: object, reason: str, way_out: str) -> BadRequest:
     """The one form of a user's error: dotted key, value, reason, and what to do."""
     shown = json.dumps(value) if value is None or isinstance(value, bool) else value  # as it is typed: null, true
-    return ValueError(f"{key}={shown}: {reason}\n{way_out}")
+    return BadRequest(f"{key}={shown}: {reason}\n{way_out}")
 
 
 def positive(prefix: str, thing: object, *names: str) -> None:

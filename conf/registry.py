@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from conf.refusal import BadRequest
+
 T = TypeVar("T")
 
 
@@ -60,7 +62,7 @@ class Registry:
         if found:
             return found[0].load()
         known = self.names()
-        raise ValueError(
+        raise BadRequest(
             f"{self.key}={name}: no such name{nearest(name, known)}\n"
             f"known: {', '.join(known)}; others come from plugins=[module] or an installed package's "
             f"{self.group!r} entry points"
@@ -82,7 +84,7 @@ def load_plugins(modules: list[str], folder: str) -> None:
     """
     for name in modules:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-            raise ValueError(
+            raise BadRequest(
                 f"plugins=[{name}]: not a module name; write the file's name without .py and without slashes"
             )
         if folder not in sys.path:
@@ -92,6 +94,6 @@ def load_plugins(modules: list[str], folder: str) -> None:
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
-            raise ValueError(
+            raise BadRequest(
                 f"plugins=[{name}]: no module {name!r} in {folder} or among the installed packages"
             ) from error

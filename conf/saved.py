@@ -18,7 +18,7 @@ import yaml
 
 from conf.identity import plain
 from conf.keys import choices, describe, example, leaf_types, names, refuse_unknown
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import nearest
 from conf.schema import Run
 
@@ -99,7 +99,7 @@ def _scalar_from(kind: type, value: Any, key: str) -> Any:
     raise wrong_type(key, value, kind)
 
 
-def wrong_type(key: str, value: Any, kind: Any, part: str | None = None) -> ValueError:
+def wrong_type(key: str, value: Any, kind: Any, part: str | None = None) -> BadRequest:
     """The error for a value of the wrong type; `part` is what is wrong in a value that is a list."""
     leaf = re.sub(r"\[\d+\]$", "", key)
     inner = next(iter(typing.get_args(kind)), kind) if typing.get_origin(kind) is list else kind

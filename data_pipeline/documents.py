@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from conf.refusal import BadRequest
 from conf.registry import READERS
 from data_pipeline import corpus, manifest
 from data_pipeline.filters import build_filters, judge
@@ -78,7 +79,7 @@ def _refuse_changed(root: str, piece: dict[str, Any]) -> None:
         return
     now = corpus.facts(root, piece["name"])
     if any(now.get(k) != piece.get(k) for k in ("size", "mtime_ns", "broken")):
-        raise ValueError(
+        raise BadRequest(
             f"corpus file {os.path.join(root, piece['name'])}: changed since the corpus was listed\n"
             "run the same command again; the changed corpus is prepared anew"
         )
@@ -203,11 +204,11 @@ def kept(spec: dict[str, Any], task: dict[str, Any]) -> Iterator[Kept]:
         text = record.text.encode()
         digest = hashlib.sha256(text).digest()[:16]
         if row is None or (row["file"], row["offset"], row["sha256"]) != (record.file, record.offset, digest):
-            raise ValueError(
+            raise BadRequest(
                 f"corpus file {os.path.join(spec['root'], record.file)}: the document at byte {record.offset} is not "
                 "the one in the document index; the file changed\nrun the same command again"
             )
         if _reason(row, list(config["filters"])) is None:
             yield Kept(record.text, digest, row["heldout"], len(text))
     if next(rows, None) is not None:
-        raise ValueError(f"{spec['root']}: documents are missing that task {task['number']} of the index has")
+        raise BadRequest(f"{spec['root']}: documents are missing that task {task['number']} of the index has")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.identity import content_hash
+from conf.refusal import BadRequest
 from data_pipeline import store
 
 VERSION = 1
@@ -61,7 +62,7 @@ class Manifest:
         path = f"{folder}/manifest.json"
         value = store.unseal(path)
         if value.get("version") != VERSION:
-            raise ValueError(f"{path}: version {value.get('version')}, this program reads {VERSION}")
+            raise BadRequest(f"{path}: version {value.get('version')}, this program reads {VERSION}")
         return cls(**{k: v for k, v in value.items() if k != "self_sha256"})
 
 

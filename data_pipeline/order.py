@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from conf.identity import content_hash
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 
 VERSION = 1
 ROUNDS = 6
@@ -163,10 +163,10 @@ class OrderProgram:
     def from_json(cls, value: dict[str, Any]) -> "OrderProgram":
         """Read it back; raises ValueError when the version or the hash does not fit."""
         if value["version"] != VERSION:
-            raise ValueError(f"order program: version {value['version']}, this program reads {VERSION}")
+            raise BadRequest(f"order program: version {value['version']}, this program reads {VERSION}")
         program = cls(segments=[Segment(**s) for s in value["segments"]])
         if program.hash != value["hash"]:
-            raise ValueError("order program: damaged, its segments do not match its hash")
+            raise BadRequest("order program: damaged, its segments do not match its hash")
         return program
 
 

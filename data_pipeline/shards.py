@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from conf.refusal import BadRequest
 from data_pipeline import store
 
 MEMBER_BYTES = 1 << 20
@@ -159,7 +160,7 @@ def check_sizes(folder: str, shards: list[dict[str, Any]]) -> None:
         size = os.path.getsize(path) if os.path.exists(path) else -1
         if size != shard["bytes"]:
             found = "is missing" if size < 0 else f"has {size} bytes"
-            raise ValueError(
+            raise BadRequest(
                 f"shard {path}: {found}, its manifest says {shard['bytes']} bytes\n"
                 "restore it, or delete the folder and run the same command again"
             )
@@ -174,7 +175,7 @@ def verify(folder: str, shards: list[dict[str, Any]]) -> None:
             for number, expected in enumerate(shard["chunk_sha256"]):
                 if hashlib.sha256(file.read(step)).hexdigest() != expected:
                     end = min((number + 1) * step, shard["bytes"])
-                    raise ValueError(
+                    raise BadRequest(
                         f"shard {path}: damaged within bytes {number * step} to {end}\n"
                         "restore it, or delete the folder and run the same command again"
                     )

@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from conf.refusal import BadRequest
+
 HEARTBEAT_S = 2.0
 EXPIRY_S = 30.0
 
@@ -93,7 +95,7 @@ def read_json(path: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise ValueError(f"{path}: damaged JSON ({error})") from error
+        raise BadRequest(f"{path}: damaged JSON ({error})") from error
 
 
 def create_exclusive(path: str, data: bytes) -> bool:
@@ -134,7 +136,7 @@ def unseal(path: str) -> dict[str, Any]:
     """Read a sealed JSON object; raises ValueError naming the path when its hash does not match."""
     value = read_json(path)
     if not isinstance(value, dict) or value != seal(value):
-        raise ValueError(f"{path}: damaged, its content does not match its own hash")
+        raise BadRequest(f"{path}: damaged, its content does not match its own hash")
     return value
 
 

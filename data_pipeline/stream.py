@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conf.refusal import BadRequest
 from data_pipeline.order import OrderProgram
 from data_pipeline.packing import IGNORE, RowView
 
@@ -92,7 +93,7 @@ class TrainStream:
     def micro_batches(self, step: int, rank: int, world_size: int, micro_rows: int) -> list[Batch]:
         """A rank's micro-batches of a step; raises ValueError when the order was made for another view."""
         if self.order.view_hash(step) != self.view.view_hash:
-            raise ValueError(
+            raise BadRequest(
                 f"order: step {step} was planned for other rows than those of {self.view.folder}\n"
                 "the corpus, the tokenizer or data.row_tokens changed; use another run.name"
             )

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from data_pipeline import documents, manifest
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -175,7 +175,7 @@ def load(folder: str) -> Encoder:
     with open(path, "rb") as file:
         data = file.read()
     if hashlib.sha256(data).hexdigest() != made.tokenizer_sha256:
-        raise ValueError(f"{path}: altered since it was made (its SHA-256 is not the manifest's)\nrestore it")
+        raise BadRequest(f"{path}: altered since it was made (its SHA-256 is not the manifest's)\nrestore it")
     tokenizer = tokenizers.Tokenizer.from_str(data.decode())
     tokenizer.encode_special_tokens = True
     counts = made.counts

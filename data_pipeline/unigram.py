@@ -6,6 +6,7 @@ the held-out rows, so its number can be printed beside the model's.
 
 import numpy as np
 
+from conf.refusal import BadRequest
 from data_pipeline.packing import IGNORE, RowView
 
 
@@ -13,7 +14,7 @@ def unigram_bits_per_byte(view: RowView, counts: np.ndarray, token_bytes: np.nda
     """Bits per byte of text on the first `max_rows` rows of `view`; raises ValueError when there are none."""
     rows = min(view.num_rows, max_rows)
     if rows == 0:
-        raise ValueError(
+        raise BadRequest(
             f"data.heldout_fraction: no held-out row of {view.row_tokens} tokens\nraise data.heldout_fraction"
         )
     bits_of = np.log2(counts.sum() + len(counts)) - np.log2(counts + 1.0)

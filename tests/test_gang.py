@@ -16,6 +16,7 @@ from cluster.gang import GangFailed, GangRequest, log_tail, rank_environment, ra
 from cluster.policy import Cause
 from cluster.session import Session
 from conf.identity import plain
+from conf.refusal import BadRequest
 from conf.schema import Run
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "DS_ACCELERATOR", "OMP_NUM_THREADS")
@@ -64,7 +65,7 @@ def fail_on_one(run: Run, generation: int, tokens_folder: str) -> dict[str, Any]
 
 def refuse_on_one(run: Run, generation: int, tokens_folder: str) -> dict[str, Any]:
     if rank() == 0:
-        raise ValueError("train.steps=x: refused\nthe way out")
+        raise BadRequest("train.steps=x: refused\nthe way out")
     raise RuntimeError("gloo: Connection closed by peer")
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.policy import Cause, Stopped, TaskFailed
 from cluster.preprocess import Progress, run_stage
+from conf.refusal import BadRequest
 from data_pipeline.store import Lease, write_json
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
@@ -62,7 +63,7 @@ def square(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     if n == spec.get("full"):
         raise OSError(errno.ENOSPC, "No space left on device", spec["folder"])
     if n == spec.get("wrong"):
-        raise ValueError("corpus.path=x: is no such thing")
+        raise BadRequest("corpus.path=x: is no such thing")
     if n == spec.get("bug"):
         raise KeyError("a bug")
     time.sleep(spec.get("sleep", 0))

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from conf.refusal import BadRequest
+
 MEET_TIMEOUT_S = 120.0
 COLLECTIVE_TIMEOUT_S = 600.0
 STALE_LOCK_S = 900.0
@@ -42,9 +44,9 @@ class RankInfo:
         try:
             rank, world_size, local_rank = (int(os.environ.get(n, d)) for n, d in zip(names, "010", strict=True))
         except ValueError as error:
-            raise ValueError(f"{', '.join(names)} in the environment must be whole numbers ({error})") from error
+            raise BadRequest(f"{', '.join(names)} in the environment must be whole numbers ({error})") from error
         if not 0 <= rank < world_size:
-            raise ValueError(f"RANK={rank}: must be from 0 to below WORLD_SIZE={world_size}")
+            raise BadRequest(f"RANK={rank}: must be from 0 to below WORLD_SIZE={world_size}")
         return cls(rank, world_size, local_rank)
 
 

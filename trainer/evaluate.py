@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from conf.refusal import BadRequest
 from data_pipeline.stages import prepared_at
 from data_pipeline.stream import Batch, heldout_batches
 from data_pipeline.unigram import unigram_bits_per_byte
@@ -121,8 +122,8 @@ def read_text(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError as error:
-        raise ValueError(f"--text {path}: no such file") from error
+        raise BadRequest(f"--text {path}: no such file") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise BadRequest(
             f"--text {path}: not UTF-8 at byte {error.start}; convert it first, for example with iconv"
         ) from error

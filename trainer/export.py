@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from conf.identity import plain
+from conf.refusal import BadRequest
 from conf.schema import Attention, Model
 from data_pipeline.store import fsync_folder, read_json, write_bytes, write_json
 from trainer.decoder import Decoder
@@ -181,7 +182,7 @@ def special_ids(folder: str) -> dict[str, int]:
             found[f"{kind}_token_id"] = number
     for kind in ("bos_token", "eos_token"):
         if f"{kind}_id" not in found:
-            raise ValueError(f"{folder}/tokenizer_config.json: names no {kind} that tokenizer.json has")
+            raise BadRequest(f"{folder}/tokenizer_config.json: names no {kind} that tokenizer.json has")
     return found
 
 
@@ -234,15 +235,15 @@ def read_config(folder: str) -> tuple[Model, int]:
     if os.path.exists(f"{folder}/{OWN_CONFIG}"):
         own = read_json(f"{folder}/{OWN_CONFIG}")
         if own.get("version") != OWN_VERSION:
-            raise ValueError(f"{folder}/{OWN_CONFIG}: version {own.get('version')}, this zeroray reads {OWN_VERSION}")
+            raise BadRequest(f"{folder}/{OWN_CONFIG}: version {own.get('version')}, this zeroray reads {OWN_VERSION}")
         unknown = set(own["model"]) - {field.name for field in dataclasses.fields(Model)}
         if unknown:
-            raise ValueError(f"{folder}/{OWN_CONFIG}: this zeroray knows no model.{', model.'.join(sorted(unknown))}")
+            raise BadRequest(f"{folder}/{OWN_CONFIG}: this zeroray knows no model.{', model.'.join(sorted(unknown))}")
         return Model(**{**own["model"], "attention": Attention.auto}), int(own["vocab_size"])
     try:
         config = read_json(f"{folder}/config.json")
     except FileNotFoundError as error:
-        raise ValueError(f"{folder}: no exported model (neither {OWN_CONFIG} nor config.json)") from error
+        raise BadRequest(f"{folder}: no exported model (neither {OWN_CONFIG} nor config.json)") from error
     return from_llama(folder, config), int(config["vocab_size"])
 
 
@@ -277,7 +278,7 @@ def refuse_others(folder: str, **found_and_ours: tuple[Any, Any]) -> None:
     """Raise ValueError for the first setting whose value is not the one the decoder has."""
     for name, (found, ours) in found_and_ours.items():
         if found != ours:
-            raise ValueError(f"{folder}/config.json: {name}={found}, but the in-tree decoder has {name}={ours} only")
+            raise BadRequest(f"{folder}/config.json: {name}={found}, but the in-tree decoder has {name}={ours} only")
 
 
 def read_tensors(folder: str) -> dict[str, Tensor]:
@@ -288,11 +289,11 @@ def read_tensors(folder: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name in names:
         if os.path.basename(name) != name:
-            raise ValueError(f"{folder}/model.safetensors.index.json: names a file outside the folder: {name}")
+            raise BadRequest(f"{folder}/model.safetensors.index.json: names a file outside the folder: {name}")
         try:
             state |= load_file(f"{folder}/{name}")
         except FileNotFoundError as error:
-            raise ValueError(f"{folder}/{name}: no such file") from error
+            raise BadRequest(f"{folder}/{name}: no such file") from error
         except SafetensorError as error:
-            raise ValueError(f"{folder}/{name}: damaged ({error})") from error
+            raise BadRequest(f"{folder}/{name}: damaged ({error})") from error
     return state

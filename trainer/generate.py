@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from conf.refusal import BadRequest
 from trainer.export import load_export, special_ids
 
 
@@ -54,11 +55,11 @@ def added_text(tokenizer: Tokenizer, ids: list[int], added: list[int]) -> str:
 def check(max_new_tokens: int, temperature: float, top_k: int | None) -> None:
     """Refuse amounts that cannot be."""
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: must be 0 or more")
+        raise BadRequest(f"max_new_tokens={max_new_tokens}: must be 0 or more")
     if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: must be 0 (always the likeliest token) or more")
+        raise BadRequest(f"temperature={temperature}: must be 0 (always the likeliest token) or more")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: must be 1 or more; leave it out to draw from all tokens")
+        raise BadRequest(f"top_k={top_k}: must be 1 or more; leave it out to draw from all tokens")
 
 
 def generate_ids(

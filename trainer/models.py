@@ -14,6 +14,7 @@ and gives the model the attributes `config`, `vocab_size` and `loss_chunk_tokens
 import torch
 from torch import nn
 
+from conf.refusal import BadRequest
 from conf.registry import MODELS
 from conf.schema import Model, Run
 from trainer import decoder, objectives  # noqa: F401 (they register "decoder" and "causal_lm")
@@ -34,7 +35,7 @@ def bare_model(config: Model, vocab_size: int) -> nn.Module:
     """The registered model `config.name`, its weights not yet set; raises ValueError for what is not a model."""
     model = MODELS.get(config.name)(config, vocab_size)
     if not isinstance(model, nn.Module):
-        raise ValueError(
+        raise BadRequest(
             f"model.name={config.name}: its builder returned {type(model).__name__}, not a torch.nn.Module\n"
             "register a function or class that takes (config, vocab_size) and returns the module"
         )

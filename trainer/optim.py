@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import OPTIMIZERS
 from conf.schema import Optim, Run
 
@@ -108,7 +108,7 @@ def refuse_unsliceable(run: Run) -> None:
         raise unsliceable(run)
 
 
-def unsliceable(run: Run) -> ValueError:
+def unsliceable(run: Run) -> BadRequest:
     """The refusal of an optimizer that ZeRO would change."""
     return refuse(
         "optim.name",

@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from conf.refusal import BadRequest
 from data_pipeline.order import OrderProgram
 
 VERSION = 1
@@ -44,7 +45,7 @@ class TrainState:
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
         """The state of a JSON object; raises ValueError when it was written by a newer version or lacks a field."""
         if value.get("version") != VERSION:
-            raise ValueError(
+            raise BadRequest(
                 f"TrainState version {value.get('version')} cannot be read, this program reads {VERSION}\n"
                 "continue this run with the program that wrote it"
             )

@@ -16,6 +16,7 @@ import subprocess
 from typing import Any, Literal, Protocol
 
 from conf.identity import plain
+from conf.refusal import BadRequest
 from conf.schema import Run, WandbMode
 from data_pipeline.ledger import Ledger
 from data_pipeline.store import create_exclusive, json_bytes, read_json, write_bytes
@@ -43,7 +44,7 @@ class JsonLines:
             with open(self.path, "rb") as old:
                 kept = old.read(keep_bytes)
         if len(kept) < keep_bytes:
-            raise ValueError(
+            raise BadRequest(
                 f"{self.path}: has {len(kept)} bytes, but the checkpoint was written when it had {keep_bytes}\n"
                 "restore the file, or start over with run.fresh=true (the old run folder is kept aside)"
             )
