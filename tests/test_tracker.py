@@ -1,6 +1,7 @@
 """Metrics: exactly once across attempts, and no tracker stops training. Learning rates are arithmetic."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,28 @@ def test_a_tracker_that_fails_stops_nothing(tmp_path: Path, monkeypatch: pytest.
 
 def test_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     assert room.wandb_mode(Run()) == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "planted")
     assert room.wandb_mode(Run()) == "online"
     assert room.wandb_mode(Run(tracker=Tracker(wandb=WandbMode.offline))) == "offline"
+    for said, mode in (("offline", "offline"), ("disabled", "disabled"), ("dryrun", "offline"), ("online", "online")):
+        monkeypatch.setenv("WANDB_MODE", said)
+        assert room.wandb_mode(Run()) == mode
+    assert room.wandb_mode(OFF) == "disabled"
+
+
+def test_a_key_without_a_network_is_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    began = time.monotonic()
+    made = room.Tracker(Run(), str(tmp_path), keep_bytes=0, attempt=1)
+    assert time.monotonic() - began < 60, "ranks would wait for it"
+    made.log({"step": 1, "train/tokens": 1})
+    made.close()
+    assert [e["detail"][:19] for e in Ledger(str(tmp_path)).read()] == ["starting W&B online"]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
 @pytest.mark.parametrize(("name", "last"), [("constant", 1.0), ("linear", 0.1), ("cosine", 0.1)])

@@ -28,6 +28,8 @@ def token_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens:
     `hidden` is [..., W], `labels` has its leading shape, `weight` is [V, W].
     """
     flat = hidden.flatten(0, -2)
+    if not torch.is_grad_enabled():  # a Function is told that a Parameter wants a gradient even then
+        flat, weight = flat.detach(), weight.detach()
     total: Tensor = ChunkedLoss.apply(flat, weight, labels.flatten(), chunk_tokens)  # type: ignore[no-untyped-call]
     return total
 

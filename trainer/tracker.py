@@ -85,25 +85,37 @@ def git_state(folder: str) -> dict[str, Any]:
 class Wandb:
     """A W&B run; raises whatever W&B raises, `Tracker` is what makes that harmless."""
 
-    def __init__(self, run: Run, folder: str, attempt: int) -> None:
+    def __init__(self, run: Run, folder: str, attempt: int, mode: Literal["online", "offline"]) -> None:
         import wandb  # noqa: PLC0415 (two seconds, only where it is used)
 
         create_exclusive(f"{folder}/wandb.json", json_bytes({"id": secrets.token_hex(4)}))
-        self.id = read_json(f"{folder}/wandb.json")["id"]
-        self.run = wandb.init(
-            id=self.id,
-            resume="allow",
-            name=run.run.name,
-            project=run.tracker.project,
-            entity=run.tracker.entity,
-            group=run.tracker.group,
-            tags=run.tracker.tags,
-            job_type="train",
-            dir=folder,
-            mode=wandb_mode(run),
-            config={**plain(run), **git_state(os.path.dirname(os.path.abspath(__file__))), "attempt": attempt},
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        try:
+            self.run = wandb.init(
+                id=read_json(f"{folder}/wandb.json")["id"],
+                resume="allow",
+                name=run.run.name,
+                project=run.tracker.project,
+                entity=run.tracker.entity,
+                group=run.tracker.group,
+                tags=run.tracker.tags,
+                job_type="train",
+                dir=folder,
+                mode=mode,
+                config={**plain(run), **git_state(os.path.dirname(os.path.abspath(__file__))), "attempt": attempt},
+                # Ranks wait for this one: without a network a start or an end costs seconds, not W&B's minutes.
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    login_timeout=10,
+                    init_timeout=20,
+                    finish_timeout=60,
+                    x_graphql_timeout_seconds=10,
+                    x_graphql_retry_max=1,
+                ),
+            )
+        except Exception:
+            wandb.teardown()  # its service would keep the id, and refuse the same run offline
+            raise
         self.run.define_metric("train/tokens")
         self.run.define_metric("*", step_metric="train/tokens")
 
@@ -117,9 +129,12 @@ class Wandb:
 
 
 def wandb_mode(run: Run) -> Literal["online", "offline", "disabled"]:
-    """The mode W&B is started in: `auto` is online exactly when the environment holds a key."""
+    """The mode W&B is started in: `auto` is what WANDB_MODE says, else online exactly when there is a key."""
     if run.tracker.wandb is WandbMode.auto:
-        return "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        wanted = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        return {"online": "online", "disabled": "disabled"}.get(wanted, "offline")  # type: ignore[return-value]
+    if run.tracker.wandb is WandbMode.disabled:
+        return "disabled"
     return "offline" if run.tracker.wandb is WandbMode.offline else "online"
 
 
@@ -130,8 +145,12 @@ class Tracker:
         self.ledger = Ledger(folder)
         self.truth = JsonLines(folder, keep_bytes)
         self.others: list[Sink] = []
-        if run.tracker.wandb is not WandbMode.disabled:
-            self._guard(lambda: self.others.append(Wandb(run, folder, attempt)), "starting W&B")
+        mode = wandb_mode(run)
+        if mode != "disabled" and not self._start_wandb(run, folder, attempt, mode) and mode == "online":
+            self._start_wandb(run, folder, attempt, "offline")
+
+    def _start_wandb(self, run: Run, folder: str, attempt: int, mode: Literal["online", "offline"]) -> bool:
+        return self._guard(lambda: self.others.append(Wandb(run, folder, attempt, mode)), f"starting W&B {mode}")
 
     def log(self, row: dict[str, Any]) -> None:
         """Send one step's row to every sink."""
