@@ -17,6 +17,7 @@ from cluster import graph
 from cluster.graph import execute, stage_key
 from cluster.policy import Stopped
 from cluster.run_folder import RunFolder
+from conf.refusal import BadRequest
 from conf.schema import Run, Stage
 from data_pipeline.ledger import Ledger
 from data_pipeline.store import write_json
@@ -83,7 +84,7 @@ def wait_for_stop(run: Run, generation: int, tokens_folder: str) -> dict[str, An
 
 
 def refuse(run: Run, generation: int, tokens_folder: str) -> dict[str, Any]:
-    raise ValueError("zero.extra.round_robin_gradients=true: refused\nleave it out")
+    raise BadRequest("zero.extra.round_robin_gradients=true: refused\nleave it out")
 
 
 def fill_the_disk(spec: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
