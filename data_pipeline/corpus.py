@@ -11,7 +11,7 @@ import glob
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,16 @@ def facts(root: str, name: str) -> dict[str, Any]:
     return {"name": name, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
-def list_corpus(corpus: Corpus) -> Listing:
-    """Find the files of a corpus; raises ValueError when a path does not exist or no file is found."""
+def list_corpus(corpus: Corpus, ours: Iterable[str] = ()) -> Listing:
+    """Find the files of a corpus; raises ValueError when a path does not exist or no file is found.
+
+    `ours` are folders that we write ourselves, runs and store: where they lie within the corpus they are left out.
+    """
+    own = {os.path.realpath(folder) for folder in ours}
     reader = READERS.get(corpus.reader)()
     roots, paths = [], set()
     for entry in _entries(corpus):
-        root, found = _expand(entry, corpus.include or reader.include, reader.skip_folders)
+        root, found = _expand(entry, corpus.include or reader.include, reader.skip_folders, own)
         roots.append(root)
         paths.update(found)
     root = os.path.commonpath(roots)
@@ -83,9 +87,9 @@ def _entries(corpus: Corpus) -> list[str]:
     return [os.path.abspath(os.path.expanduser(entry)) for entry in entries]
 
 
-def _expand(entry: str, include: list[str], skip_folders: list[str]) -> tuple[str, list[str]]:
+def _expand(entry: str, include: list[str], skip_folders: list[str], own: set[str]) -> tuple[str, list[str]]:
     if os.path.isdir(entry):
-        return entry, list(_walk(entry, include, skip_folders))
+        return entry, list(_walk(entry, include, skip_folders, own))
     if os.path.lexists(entry):
         return os.path.dirname(entry), [entry]
     if not glob.has_magic(entry):
@@ -93,15 +97,18 @@ def _expand(entry: str, include: list[str], skip_folders: list[str]) -> tuple[st
     parts = entry.split(os.sep)
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = os.sep.join(parts[:fixed]) or os.sep
-    matches = glob.glob(entry, recursive=True)
+    named = os.path.join(os.path.realpath(root), "")  # who globs within a folder of ours means it
+    inside = tuple(os.path.join(folder, "") for folder in own if not named.startswith(os.path.join(folder, "")))
+    found = glob.glob(entry, recursive=True)
+    matches = [match for match in found if not os.path.join(os.path.realpath(match), "").startswith(inside)]
     folders = [] if "**" in entry else [match for match in matches if os.path.isdir(match)]
-    below = [path for folder in folders for path in _walk(folder, include, skip_folders)]
+    below = [path for folder in folders for path in _walk(folder, include, skip_folders, own)]
     return root, [match for match in matches if not os.path.isdir(match)] + below
 
 
-def _walk(folder: str, include: list[str], skip_folders: list[str]) -> Iterator[str]:
-    """Files below a folder, hidden ones left out; links to folders are followed, each real folder once."""
-    seen: set[str] = set()
+def _walk(folder: str, include: list[str], skip_folders: list[str], own: set[str]) -> Iterator[str]:
+    """Files below a folder, hidden and our own ones left out; links to folders are followed, each real folder once."""
+    seen = own - {os.path.realpath(folder)}
     for here, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         if os.path.realpath(here) in seen:
             folders.clear()

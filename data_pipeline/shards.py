@@ -170,12 +170,17 @@ def verify(folder: str, shards: list[dict[str, Any]]) -> None:
     """Read every shard and compare hashes; raises ValueError naming the shard and the byte range that is damaged."""
     check_sizes(folder, shards)
     for shard in shards:
-        path, step = f"{folder}/{shard['name']}", shard["chunk_bytes"]
-        with open(path, "rb") as file:
-            for number, expected in enumerate(shard["chunk_sha256"]):
-                if hashlib.sha256(file.read(step)).hexdigest() != expected:
-                    end = min((number + 1) * step, shard["bytes"])
-                    raise BadRequest(
-                        f"shard {path}: damaged within bytes {number * step} to {end}\n"
-                        "restore it, or delete the folder and run the same command again"
-                    )
+        buffer = np.memmap(f"{folder}/{shard['name']}", dtype=np.uint8, mode="r")
+        for number in range(len(shard["chunk_sha256"])):
+            verify_chunk(folder, shard, buffer, number)
+
+
+def verify_chunk(folder: str, shard: dict[str, Any], buffer: np.ndarray, number: int) -> None:
+    """Compare the hash of one chunk of a shard's bytes; raises ValueError naming the shard and the byte range."""
+    begin = number * shard["chunk_bytes"]
+    end = min(begin + shard["chunk_bytes"], shard["bytes"])
+    if hashlib.sha256(buffer[begin:end].tobytes()).hexdigest() != shard["chunk_sha256"][number]:
+        raise BadRequest(
+            f"shard {folder}/{shard['name']}: damaged within bytes {begin} to {end}\n"
+            "restore it, or delete the folder and run the same command again"
+        )

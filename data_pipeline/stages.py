@@ -184,7 +184,7 @@ def documents_config(run: Run) -> dict[str, Any]:
 
 
 def _listed(run: Run) -> tuple[corpus.Listing, list[dict[str, Any]]]:
-    listing = corpus.list_corpus(run.corpus)
+    listing = corpus.list_corpus(run.corpus, (run.paths.runs, run.paths.store))
     reader = READERS.get(run.corpus.reader)()
     return listing, corpus.split_tasks(listing.files, run.data.task_bytes, reader)
 
@@ -227,7 +227,7 @@ def tokenizer_work(run: Run, read: Manifest) -> StageWork:
     keyed: dict[str, Any] = {"operations": {"tokenizer": manifest.OPERATION_VERSIONS["tokenizer"]}, "inputs": []}
     if path:
         keyed["config"] = {"path_sha256": store.file_sha256(path), "vocab_size": None, "sample_bytes": None}
-        sentence = f"tokenizer: imported from {run.tokenizer.path}"
+        sentence = f"tokenizer: imported from {run.tokenizer.path}{tokenizer.caution(path)}"
         return _build(run, "tokenizer", sentence, [{"number": 0}], keyed, path=path)
     sample_bytes = min(run.tokenizer.sample_bytes, read.counts["kept_train_bytes"])
     config = {"path_sha256": None, "vocab_size": run.tokenizer.vocab_size, "sample_bytes": sample_bytes}

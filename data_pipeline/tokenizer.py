@@ -97,6 +97,15 @@ def import_tokenizer(path: str) -> Any:
     return tokenizer
 
 
+def caution(path: str) -> str:
+    """What to know of an imported tokenizer that does not spell the very bytes of a text; empty for one that does."""
+    shape = json.loads(import_tokenizer(path).to_str())
+    changes = [shape["normalizer"]["type"]] if shape["normalizer"] else []
+    if '"add_prefix_space": true' in json.dumps(shape["pre_tokenizer"]):
+        changes.append("add_prefix_space")
+    return f"; it changes texts ({', '.join(changes)}), so bits per byte are near, not exact" if changes else ""
+
+
 def _has_byte_fallback(shape: dict[str, Any]) -> bool:
     return bool(shape["model"].get("byte_fallback"))
 

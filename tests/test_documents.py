@@ -14,6 +14,7 @@ import pytest
 from conf.registry import FILTERS
 from conf.schema import Corpus, Data, Paths, Run
 from data_pipeline import documents, stages
+from data_pipeline.corpus import list_corpus
 from data_pipeline.manifest import Manifest
 
 pytestmark = pytest.mark.unit
@@ -246,3 +247,16 @@ def test_a_file_that_changes_after_listing_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.txt").write_text("afterwards")
     with pytest.raises(ValueError, match=r"a\.txt: changed since"):
         stages.run_task(work.spec(), work.tasks()[0])
+
+
+@pytest.mark.parametrize("path", [".", "*", "**"])
+def test_what_we_write_ourselves_is_not_a_document(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "sub/b.txt", "runs/one/ledger.jsonl", "store/tokens/x/train-00000.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("some text of a document")
+    (tmp_path / "again").symlink_to(tmp_path / "store")
+    listing = list_corpus(Corpus(path=path, include=["*"]), ("runs", "store"))
+    assert [f["name"] for f in listing.files] == ["a.txt", "sub/b.txt"]
+    inside = list_corpus(Corpus(path="store/tokens", include=["*"]), ("runs", "store"))
+    assert [f["name"] for f in inside.files] == ["x/train-00000.tar"], "named on purpose"

@@ -116,3 +116,17 @@ def test_the_unigram_baseline_by_hand(tmp_path):
     assert unigram_bits_per_byte(view, counts, sizes, 100) == pytest.approx(bits / 16)
     with pytest.raises(ValueError, match="heldout_fraction"):
         unigram_bits_per_byte(RowView(str(tmp_path), "train", 3), counts, sizes, 100)
+
+
+def test_a_flipped_bit_is_found_when_its_row_is_first_read(three_shards):
+    folder, _ = three_shards
+    shard = sorted(folder.glob("*.tar"))[2]
+    data = bytearray(shard.read_bytes())
+    view = RowView(str(folder), "train", 16)
+    where = view._members[-1][1]["data_offset"] + 3
+    data[where] ^= 4
+    shard.write_bytes(data)
+    view = RowView(str(folder), "train", 16)
+    view.row(0)
+    with pytest.raises(ValueError, match=f"{shard.name}: damaged within bytes 0 to {len(data)}"):
+        view.row(view.num_rows - 1)
