@@ -25,12 +25,13 @@ import numpy as np
 from conf.identity import content_hash, differences, scientific
 from conf.refusal import refuse
 from conf.registry import load_plugins
+from conf.saved import to_yaml
 from conf.schema import Run, Stage
 from data_pipeline.ledger import Ledger
 from data_pipeline.order import OrderProgram, Segment
 from data_pipeline.packing import RowView
 from data_pipeline.stages import Prepared, prepared, prepared_at
-from data_pipeline.store import NoValidCheckpoint, claim_generation, write_json
+from data_pipeline.store import NoValidCheckpoint, claim_generation, write_bytes, write_json
 from data_pipeline.stream import Batch, TrainStream, heldout_batches
 from data_pipeline.unigram import unigram_bits_per_byte
 from trainer import checkpoint
@@ -139,7 +140,7 @@ def resume(
         return TrainState(order=order, seed=run.run.seed, generation=generation, extra={"run": scientific(run)})
     state = checkpoint.load(engine, base)
     state.generation = generation
-    same_run(run, state)
+    same_run(run, state, ledger)
     continue_order(run, state, view)
     if ledger is not None:
         facts = {"generation": generation, "world_size": engine.world_size, "zero_stage": engine.zero_stage}
@@ -147,22 +148,28 @@ def resume(
     return state
 
 
-def same_run(run: Run, state: TrainState) -> None:
-    """Refuse a checkpoint of another run than this one; what `run.allow` names may differ."""
+def same_run(run: Run, state: TrainState, ledger: Ledger | None) -> None:
+    """Refuse a checkpoint of another run than this one; what `run.allow` names may differ, and is recorded."""
+    if state.step > run.train.steps:
+        raise refuse(
+            "train.steps", run.train.steps, f"this run is at step {state.step} already", f"use {state.step} or more"
+        )
     changed = differences(state.extra.get("run", scientific(run)), scientific(run))
     for key, before, now in changed:
         if not any(key == name or key.startswith(f"{name}.") for name in run.run.allow):
-            raise refuse(
-                key, now, f"this run was trained with {before}", f"allow it with run.allow=[{key}], or rename the run"
-            )
+            way_out = f"allow it with run.allow=[{key}], or choose another run.name"
+            raise refuse(key, now, f"this run was trained with {before}", way_out)
+    if changed and ledger is not None:
+        text = ", ".join(f"{key} {before} -> {now}" for key, before, now in changed)
+        ledger.append("decision", text=f"run.allow: from step {state.step} on {text}")
     state.extra["run"] = scientific(run)
 
 
 def continue_order(run: Run, state: TrainState, view: RowView) -> None:
-    """Go on in the order program; another batch size, or other data that was allowed, is a new segment."""
+    """Go on in the order program; another batch size or seed, or other data that was allowed, is a new segment."""
     assert state.order is not None
     last = state.order.segments[-1]
-    same_view = last.view == view.view_hash
+    same_view, same_key = last.view == view.view_hash, last.key == run.run.seed
     if not same_view and not {key.split(".")[0] for key in run.run.allow} & {"data", "corpus", "tokenizer"}:
         raise refuse(
             "corpus",
@@ -170,9 +177,13 @@ def continue_order(run: Run, state: TrainState, view: RowView) -> None:
             "the data of this run changed since it began",
             "restore it, allow it with run.allow=[data], or start another run with run.name=...",
         )
-    if same_view and last.batch_rows == run.train.global_batch_rows:
+    state.seed = run.run.seed
+    if same_view and same_key and last.batch_rows == run.train.global_batch_rows:
         return
-    start = state.order.next_place(state.step) if same_view else 0
+    if state.step == 0:
+        state.order = OrderProgram.start(run.run.seed, run.train.global_batch_rows, view.num_rows, view.view_hash)
+        return
+    start = state.order.next_place(state.step) if same_view and same_key else 0
     source = {"name": "corpus", "rows": view.num_rows, "weight": 1.0, "start": start}
     state.order.append(
         Segment(
@@ -323,6 +334,8 @@ def main(overrides: list[str]) -> int:
     try:
         run = compose(overrides)
         load_plugins(run.plugins, os.getcwd())
+        if rank.rank == 0:
+            write_bytes(os.path.join(run_folder(run), "run.yaml"), to_yaml(run).encode())
         outcome = train_rank(run, rank)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
