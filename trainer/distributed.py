@@ -9,6 +9,7 @@ No collective here moves Python objects: that would be pickle from the network.
 """
 
 import os
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -83,24 +84,37 @@ def meet(rank: RankInfo, timeout_s: float) -> Store:
     # torchrun's agent already hosts the store at this address.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_master = rank.rank == 0 and not hosted
+    listen_fd = listening(address, port) if is_master else None
     try:
         store: Store = TCPStore(
             address,
             port,
             None if hosted else rank.world_size,
-            is_master=rank.rank == 0 and not hosted,
+            is_master=is_master,
             timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listen_fd,
         )
         store = PrefixStore(f"zeroray/{attempt}", store)
         store.set(f"here/{rank.rank}", "1")
         store.wait([f"here/{r}" for r in range(rank.world_size)], timedelta(seconds=timeout_s))
     except (RuntimeError, ConnectionError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise OSError(f"port {port} of {address} is taken by another program") from error
         raise TimeoutError(
             f"rank {rank.rank} of {rank.world_size} waited {timeout_s:.0f} s at {address}:{port}, not all ranks came"
         ) from error
     return store
+
+
+def listening(address: str, port: int) -> int:
+    """A socket for the store on this address alone: by itself it listens everywhere, and it trusts whoever comes.
+
+    Raises OSError when the port is taken.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=1024).detach()
+    except OSError as error:
+        raise OSError(error.errno, f"port {port} of {address} cannot be used ({error.strerror})") from error
 
 
 def close_distributed() -> None:
