@@ -33,8 +33,8 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
     state = state_of(events, holder is not None, submission)
     end = last(events, "end")
     ended = state not in ("running", "queued", "dead", "unknown")
-    steps = (run.get("train") or {}).get("steps")
-    step = int(row.get("step") or 0)
+    steps = group(run, "train").get("steps")
+    step = row.get("step", 0)
     return {
         "name": folder.name,
         "state": state,
@@ -80,11 +80,18 @@ def run_yaml(folder: RunFolder) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
+def group(run: dict[str, Any], name: str) -> dict[str, Any]:
+    """A group of a run's settings; empty where the file holds something else."""
+    found = run.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def stages_of(
     events: list[dict[str, Any]], run: dict[str, Any], step: int, steps: int | None, state: str
 ) -> dict[str, dict[str, Any]]:
     """Each stage by name with its state, how much of it is done, and of how much."""
-    wanted = run.get("stages") or [stage.name for stage in Stage]
+    named = run.get("stages")
+    wanted = named if isinstance(named, list) and named else [stage.name for stage in Stage]
     seen = [str(e["stage"]) for e in events if e["event"] == "stage" and "stage" in e]
     parts = [name for name in dict.fromkeys(seen) if name not in Stage.__members__]  # of prepare, in their order
     names = [name for stage in Stage if stage.name in (*wanted, *seen) for name in parts_of(stage, parts)]
@@ -135,10 +142,10 @@ def attempts_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def accounting_of(folder: RunFolder, run: dict[str, Any]) -> dict[str, Any] | None:
     """What became of every document: from the manifest of the documents stage that the ledger names."""
-    store = (run.get("paths") or {}).get("store")
+    store = group(run, "paths").get("store")
     try:
         accounting = read_json(f"{store}/documents/{folder.stage_key('documents')}/manifest.json").get("accounting")
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     return accounting if isinstance(accounting, dict) else None
 
@@ -147,7 +154,7 @@ def evaluation_of(folder: RunFolder) -> dict[str, Any] | None:
     """The final evaluation, once there is one."""
     try:
         value = read_json(f"{folder.path}/evaluation.json")
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -156,7 +163,7 @@ def paths_of(folder: RunFolder, run: dict[str, Any]) -> dict[str, str | None]:
     """Where things of this run are; None for what is not there yet."""
     inside = {name: f"{folder.path}/{name}" for name in ("run.yaml", "ledger.jsonl", "metrics.jsonl", "export", "logs")}
     there = {name: path if os.path.exists(path) else None for name, path in inside.items()}
-    return {"folder": folder.path, "store": (run.get("paths") or {}).get("store"), **there}
+    return {"folder": folder.path, "store": group(run, "paths").get("store"), **there}
 
 
 # --- for a person -------------------------------------------------------------------------------------------------
@@ -213,8 +220,12 @@ def accounting_text(counts: dict[str, Any]) -> str:
 
 
 def list_row(folder: RunFolder) -> dict[str, Any]:
-    """A run in a list."""
-    status = status_of(folder)
+    """A run in a list; a folder that cannot be read does not hide the others."""
+    try:
+        status = status_of(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        unknown = dict.fromkeys(("steps", "exit_code", "loss", "bpb", "updated_at"))
+        return {"name": folder.name, "state": f"unreadable ({error})", "step": 0, **unknown, "path": folder.path}
     events = folder.events()
     kept = {name: status[name] for name in ("name", "state", "step", "steps", "exit_code")}
     row = status["metrics"]

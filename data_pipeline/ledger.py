@@ -30,14 +30,16 @@ class Ledger:
             os.close(fd)
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole events, oldest first."""
+        """All whole events, oldest first; what is torn or is no event is left out."""
         if not os.path.exists(self.path):
             return []
         events = []
         with open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    events.append(json.loads(line))
+                    event = json.loads(line)
                 except ValueError:
                     continue
+                if isinstance(event, dict) and "event" in event and isinstance(event.get("time"), int | float):
+                    events.append(event)
         return events
