@@ -11,6 +11,7 @@ over a history without a valid checkpoint, 6 stopped in order (the same command 
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from cluster.console import EXIT_BAD_REQUEST, EXIT_FAILED, parser, print_json, told
@@ -25,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Shadowed as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_BAD_REQUEST
+    return carried_out(words)
+
+
+def carried_out(words: list[str]) -> int:
+    """The exit code of a command, every error told: the user's in a few lines, others with a traceback."""
     from conf.refusal import BadRequest
 
     try:
@@ -40,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         sys.stderr.write(f"zeroray: {error}\n")
+        return EXIT_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.write(f"zeroray: an error of the program or of a plugin: {type(error).__name__}\n")
         return EXIT_FAILED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

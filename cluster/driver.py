@@ -2,13 +2,16 @@
 
     run_command(words)      Hydra overrides -> one Run, or several with --multirun (conf.app)
     drive(run)              this run, every way it can end told as an exit code, in the ledger and in driver.log
-        check owners, torch -> claim the folder -> admit -> ledger `start` -> cluster.graph.execute -> ledger `end`
+        check packages, names, data, ranks -> claim the folder -> admit -> ledger `start` -> cluster.graph.execute
+        -> ledger `end`
 
 Whatever goes wrong after the run began leaves an `end` in the ledger; a driver that is killed leaves none, which is how
-`status` knows that it is dead. A traceback goes to driver.log; the console gets what happened and where to look.
+`status` knows that it is dead. What the user can mend (BadRequest) is told in a few lines; of any other error, of ours
+or of a plugin, the traceback goes to driver.log and the console gets what happened and where to look.
 """
 
 import importlib
+import inspect
 import logging
 import os
 import shlex
@@ -21,17 +24,19 @@ from types import FrameType
 from cluster.console import EXIT_BAD_REQUEST, EXIT_FAILED, told
 from cluster.logs import teed
 from cluster.names import check_owners, installed
-from cluster.policy import EXIT_HISTORY, EXIT_STOPPED
+from cluster.policy import EXIT_HISTORY, EXIT_STOPPED, first_line
 from cluster.run_folder import RunFolder, settle_paths
 from cluster.session import ClusterDown, inside_job
-from conf.refusal import refuse
-from conf.registry import MODELS, OBJECTIVES, OPTIMIZERS, SCHEDULES, load_plugins
+from conf.keys import describe
+from conf.refusal import BadRequest, refuse
+from conf.registry import FILTERS, MODELS, OBJECTIVES, OPTIMIZERS, READERS, SCHEDULES, load_plugins
 from conf.schema import Run, Stage
 from data_pipeline.store import NoValidCheckpoint
 
 log = logging.getLogger("zeroray")
 
 END_STATES = {0: "done", 3: "done", EXIT_STOPPED: "stopped", EXIT_HISTORY: "refused", EXIT_BAD_REQUEST: "refused"}
+PARAMETER_TYPES = {int: "200", float: "0.5", str: "text", bool: "true"}  # of a filter, with an example
 TRAIN_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
@@ -43,7 +48,7 @@ def run_command(words: list[str]) -> int:
 
 
 def drive(run: Run) -> int:
-    """Take one run to its end; returns the exit code and raises nothing."""
+    """Take one run to its end; returns the exit code. Raises only what a plugin raises when it is imported."""
     signal.signal(signal.SIGTERM, interrupt)
     folder = None
     try:
@@ -52,9 +57,11 @@ def drive(run: Run) -> int:
         check_owners()
         check_packages(run)
         check_registered(run)
+        check_data(run)
+        check_ranks(run)
         with folder.claimed():
             return admitted(run, folder)
-    except ValueError as error:
+    except BadRequest as error:
         return told(error)
     except NoValidCheckpoint as error:
         sys.stderr.write(f"{error}\n")
@@ -106,6 +113,36 @@ def check_registered(run: Run) -> None:
             registry.get(name)
 
 
+def check_data(run: Run) -> None:
+    """Refuse a reader, filters and their parameters that cannot be."""
+    from data_pipeline import readers  # noqa: F401 (it registers ours)
+    from data_pipeline.filters import build_filters
+
+    READERS.get(run.corpus.reader)
+    build_filters(run.data.filters)
+    for name, given in run.data.filters.items():
+        parameters = inspect.signature(FILTERS.get(name)).parameters
+        for parameter, value in (given or {}).items():
+            kind = parameters[parameter].annotation if parameter in parameters else None
+            if kind in PARAMETER_TYPES and not has_type(value, kind):
+                key = f"data.filters.{name}.{parameter}"
+                raise refuse(key, value, f"must be {describe(kind)}", f"for example {key}={PARAMETER_TYPES[kind]}")
+
+
+def has_type(value: object, kind: type) -> bool:
+    """Whether a value is of a plain type; true is no number, and a whole number may stand for any number."""
+    if kind is not bool and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def check_ranks(run: Run) -> None:
+    """Refuse more ranks than this machine can hold, where the Ray will be a private one."""
+    from cluster.graph import check_ranks_early
+
+    check_ranks_early(run)
+
+
 def admitted(run: Run, folder: RunFolder) -> int:
     """Admit the run to its folder and execute it there, with an `end` in the ledger whatever happens."""
     how = folder.admit(run)
@@ -129,7 +166,7 @@ def executed(run: Run, folder: RunFolder) -> tuple[int, str]:
     try:
         code: int = execute(run, folder)
         return code, ""
-    except ValueError as error:
+    except BadRequest as error:
         return told(error), first_line(error)
     except NoValidCheckpoint as error:
         sys.stderr.write(f"{error}\n")
@@ -145,11 +182,6 @@ def executed(run: Run, folder: RunFolder) -> tuple[int, str]:
             traceback.print_exc(file=file)
         sys.stderr.write(f"{type(error).__name__}: {first_line(error)}\nthe whole story: {folder.driver_log}\n")
         return EXIT_FAILED, f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def show_log() -> None:

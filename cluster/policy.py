@@ -13,10 +13,13 @@ three times does not.
 
 import enum
 import errno
+import os
 import re
 import traceback
 from dataclasses import dataclass, field
 from typing import Any
+
+from conf.refusal import BadRequest
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_REQUEST, EXIT_QUARANTINE, EXIT_TOO_MUCH_QUARANTINE = 0, 1, 2, 3, 4
 EXIT_HISTORY, EXIT_STOPPED = 5, 6
@@ -35,6 +38,7 @@ class Cause(enum.Enum):
     """Why a gang or a task ended."""
 
     bad_request = "something the user can mend in the request"
+    superseded = "another driver has taken over this run"
     no_checkpoint = "there is history, but no valid checkpoint"
     bug = "an error in the code"
     damaged = "data on disk does not match its own hash"
@@ -50,6 +54,7 @@ class Cause(enum.Enum):
 RESTARTABLE = (Cause.worker_lost, Cause.node_lost, Cause.peer_lost)
 
 KINDS = [
+    ({"Superseded"}, Cause.superseded),
     ({"MemoryError", "OutOfMemoryError"}, Cause.out_of_memory),
     ({"NoValidCheckpoint"}, Cause.no_checkpoint),
     ({"CheckpointError"}, Cause.damaged),
@@ -58,6 +63,7 @@ KINDS = [
 
 # The first that matches explains the others: a lost worker makes its peers fail with broken connections.
 EXPLAINS = [
+    Cause.superseded,
     Cause.bad_request,
     Cause.no_checkpoint,
     Cause.disk_full,
@@ -124,6 +130,18 @@ class TaskFailed(Exception):  # noqa: N818 (an outcome)
     def __str__(self) -> str:
         return "\n".join([self.failure.message, *self.notes])
 
+    def told(self, log_path: str) -> str:
+        """What happened, in two lines; the notes, which hold the task's traceback, are appended to the driver's log."""
+        os.makedirs(os.path.dirname(log_path), exist_ok=True)
+        with open(log_path, "a", encoding="utf-8") as file:
+            file.write("\n".join([*self.notes, ""]))
+        return f"{first_line(self.failure.message)}\nthe whole story: {log_path}"
+
+
+def first_line(text: object) -> str:
+    """The first line of a message; the name of the type of an exception without one."""
+    return (str(text).strip().splitlines() or [type(text).__name__])[0]
+
 
 class Stopped(Exception):  # noqa: N818 (an outcome)
     """Someone asked to stop; what is finished stays."""
@@ -151,7 +169,7 @@ def classify(description: dict[str, Any]) -> Cause:
             return cause
     if kinds & {"RuntimeError", "OSError"} and NETWORK.search(message):
         return Cause.peer_lost
-    return Cause.bad_request if "ValueError" in kinds else Cause.bug
+    return Cause.bad_request if "BadRequest" in kinds else Cause.bug
 
 
 def failure_of(description: dict[str, Any], rank: int | None = None) -> Failure:
@@ -160,12 +178,12 @@ def failure_of(description: dict[str, Any], rank: int | None = None) -> Failure:
 
 
 def rebuild(description: dict[str, Any]) -> Exception:
-    """A task's own error as the type it had: ValueError and OSError for what a user can mend, TaskFailed otherwise."""
+    """A task's own error as the type it had: BadRequest and OSError for what a user can mend, TaskFailed otherwise."""
     kinds = description["kinds"]
     if "OSError" in kinds and description["errno"] is not None:
         error: Exception = OSError(description["errno"], description["strerror"] or "", description["filename"])
-    elif "ValueError" in kinds:
-        error = ValueError(description["message"])
+    elif "BadRequest" in kinds:
+        error = BadRequest(description["message"])
     else:
         return TaskFailed(failure_of(description), [description["trace"]])
     error.add_note(description["trace"])
@@ -192,6 +210,7 @@ def decide(cause: Cause, step: int, history: list[Attempt], limits: Limits, stop
     """What to do after an attempt that ended for `cause` when the newest checkpoint was that of `step`."""
     final = {
         Cause.bad_request: (Action.fail, EXIT_BAD_REQUEST, "the request cannot be carried out"),
+        Cause.superseded: (Action.fail, EXIT_FAILED, "the other driver goes on with it; how it is: zeroray status"),
         Cause.no_checkpoint: (Action.fail, EXIT_HISTORY, "run.fresh=true starts over and keeps the old folder aside"),
         Cause.bug: (Action.fail, EXIT_FAILED, "an error in the code; a restart would meet it again"),
         Cause.damaged: (Action.fail, EXIT_FAILED, "something on disk is damaged; a restart would meet it again"),

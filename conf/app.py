@@ -130,7 +130,7 @@ def _exit_code(run: Run, task: Callable[[Run], int]) -> int:
     """One of several runs: its failure is told and does not keep the others from starting."""
     try:
         return task(run)
-    except ValueError as error:
+    except BadRequest as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except Exception:

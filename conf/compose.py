@@ -148,5 +148,5 @@ def _wrong_value(key: str, typed: list[str], text: str) -> tuple[str, Any, str]:
 if __name__ == "__main__":
     try:
         sys.stdout.write(to_yaml(compose(sys.argv[1:])))
-    except ValueError as error:
+    except BadRequest as error:
         sys.exit(f"{error}")

@@ -24,6 +24,12 @@ from conf.registry import nearest
 from conf.schema import Run
 
 CONF_FOLDER = os.path.dirname(os.path.abspath(__file__))
+EXAMPLES = {
+    "corpus.path": "/data/*.jsonl",
+    "corpus.id_key": "id",
+    "tokenizer.path": "/data/tokenizer.json",
+    "cluster.address": "auto",
+}
 EVERY_KEY = "every key and its value: zeroray run --cfg job"
 
 
@@ -122,7 +128,9 @@ def refuse_unknown(key: str, value: object, known: Names) -> BadRequest:
     parent = key.rpartition(".")[0]
     if parent in known.types:
         return refuse(key, value, f"{parent} is {describe(known.types[parent])}", f"set it whole: {example(parent)}")
-    return refuse(key, value, f"no such key{known.nearest(key)}", EVERY_KEY)
+    below = [name.removeprefix(f"{parent}.") for name in known.types if parent and name.startswith(f"{parent}.")]
+    way_out = f"keys of {parent}: {', '.join(below)}" if below else EVERY_KEY
+    return refuse(key, value, f"no such key{known.nearest(key)}", way_out)
 
 
 def is_dict(kind: Any) -> bool:
@@ -153,11 +161,13 @@ def describe(kind: Any) -> str:
 
 
 def example(key: str) -> str:
-    """`key=value` as it could be typed: its default where that says something."""
+    """`key=value` as it could be typed: its default where that is a value."""
     kind = leaf_types()[key]
     value = defaults()[key]
     if typing.get_origin(kind) is list:
         return f"{key}=[{','.join(value or ['a', 'b'])}]"
     if is_dict(kind):
         return f"{key}.name=value"
-    return f"{key}={'null' if value is None else str(value).lower() if kind is bool else value}"
+    if value is None:
+        return f"{key}={EXAMPLES.get(key, 'name')}"  # null is what it is already
+    return f"{key}={str(value).lower() if kind is bool else value}"

@@ -23,6 +23,7 @@ from conf.refusal import BadRequest, refuse
 from conf.registry import nearest
 from conf.saved import wrong_type
 
+REGISTERED = ("model", "optim", "schedule")  # groups whose `name` is looked up in conf.registry
 QUOTING = "quote a value that has , = : # { [ ( ~ or letters beyond ASCII:"
 
 
@@ -119,8 +120,11 @@ def _group_choice(override: Override, value: str, names: Names) -> str:
     if override.is_delete():
         raise BadRequest(f"~{group}: a run has one of each group\n{way_out}")
     if chosen not in options:
-        below = f"; its keys are set one by one: {group}.key=value" if isinstance(chosen, dict) else ""
-        raise refuse(group, value, f"no such option{nearest(str(chosen), options)}", f"{way_out}{below}")
+        if isinstance(chosen, dict):
+            way_out += f"; its keys are set one by one: {group}.key=value"
+        elif group in REGISTERED and isinstance(chosen, str):
+            way_out += f"; what a plugin registered is named by {group}.name={chosen}"
+        raise refuse(group, value, f"no such option{nearest(str(chosen), options)}", way_out)
     return f"{group}={value}"
 
 

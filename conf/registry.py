@@ -14,6 +14,7 @@ checkpoint is only ever looked up here; it is never imported as a dotted path.
 import difflib
 import importlib
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -84,8 +85,11 @@ def load_plugins(modules: list[str], folder: str) -> None:
     """
     for name in modules:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+            plain = name.rpartition("/")[2].removesuffix(".py")
+            sample = plain if re.fullmatch(r"[A-Za-z_]\w*", plain) else "my_filters"
             raise BadRequest(
-                f"plugins=[{name}]: not a module name; write the file's name without .py and without slashes"
+                f"plugins=[{name}]: not a module name\n"
+                f"name the module without .py and slashes, from the folder that holds it: plugins=[{sample}]"
             )
         if folder not in sys.path:
             sys.path.insert(0, folder)
@@ -94,6 +98,9 @@ def load_plugins(modules: list[str], folder: str) -> None:
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
+            here = sorted(file.removesuffix(".py") for file in os.listdir(folder) if file.endswith(".py"))
             raise BadRequest(
                 f"plugins=[{name}]: no module {name!r} in {folder} or among the installed packages"
+                f"{nearest(name, here)}\n"
+                f"start from the folder that holds {name}.py, or install the package that does"
             ) from error

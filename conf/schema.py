@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.refusal import positive, refuse
+from conf.options import ADAMW, refuse_any, refuse_options
+from conf.refusal import at_most, from_0_to_1, positive, refuse
 from conf.zero_settings import refuse_extra
 
 VERSION = 1
@@ -96,6 +97,12 @@ class Paths:
     runs: str = op("runs")
     store: str = op("store")
 
+    def __post_init__(self) -> None:
+        """Refuse places without a name."""
+        for name in ("runs", "store"):
+            if not getattr(self, name).strip():
+                raise refuse(f"paths.{name}", "''", "must name a folder", f"for example paths.{name}={name}")
+
 
 @dataclass(kw_only=True, slots=True)
 class Corpus:
@@ -138,6 +145,7 @@ class Tokenizer:
     def __post_init__(self) -> None:
         """Refuse vocabularies too small for 256 bytes and the special tokens, and an import of nothing."""
         positive("tokenizer", self, "sample_bytes")
+        at_most("tokenizer", self, vocab_size=2**24)
         if self.name == "file" and not self.path:
             raise refuse(
                 "tokenizer.path",
@@ -165,11 +173,7 @@ class Data:
     def __post_init__(self) -> None:
         """Refuse sizes, fractions and filters that cannot be."""
         positive("data", self, "row_tokens", "task_bytes", "max_document_bytes")
-        for name in ("heldout_fraction", "quarantine_limit"):
-            if not 0 <= getattr(self, name) < 1:
-                raise refuse(
-                    f"data.{name}", getattr(self, name), "must be from 0 to below 1", f"for example data.{name}=0.01"
-                )
+        from_0_to_1("data", self, "heldout_fraction", "quarantine_limit", with_1=False)
         for name, parameters in self.filters.items():
             if not isinstance(parameters, dict | None):
                 raise refuse(
@@ -200,6 +204,10 @@ class Model:
     def __post_init__(self) -> None:
         """Refuse shapes whose heads do not divide."""
         positive("model", self, "layers", "width", "heads", "kv_heads", "ffn_width", "max_positions")
+        positive("model", self, "rope_theta", "norm_eps")
+        at_most("model", self, layers=10**4, width=2**20, ffn_width=2**22, max_positions=2**24)
+        if self.name == "decoder":
+            refuse_any("model.options", self.options, "model.name=decoder")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise refuse(
                 "model.heads",
@@ -223,6 +231,11 @@ class Objective:
     name: str = "causal_lm"
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse options that would be dropped."""
+        if self.name == "causal_lm":
+            refuse_any("objective.options", self.options, "objective.name=causal_lm")
+
 
 @dataclass(kw_only=True, slots=True)
 class Train:
@@ -244,20 +257,12 @@ class Train:
     sample_prompts: list[str] = op(factory=list)
 
     def __post_init__(self) -> None:
-        """Refuse counts of zero."""
-        positive(
-            "train",
-            self,
-            "steps",
-            "global_batch_rows",
-            "clip_norm",
-            "micro_batch_rows",
-            "loss_chunk_tokens",
-            "eval_every",
-            "eval_rows",
-            "checkpoint_every",
-            "log_every",
-        )
+        """Refuse counts of zero, and counts that can only be a slip."""
+        positive("train", self, "steps", "global_batch_rows", "clip_norm", "micro_batch_rows", "loss_chunk_tokens")
+        positive("train", self, "eval_every", "eval_rows", "checkpoint_every", "log_every")
+        at_most("train", self, steps=10**9, global_batch_rows=10**8, micro_batch_rows=10**8)
+        if self.sample_tokens < 0:
+            raise refuse("train.sample_tokens", self.sample_tokens, "must be 0 or more", "use train.sample_tokens=0")
         if self.keep_checkpoints < 2:
             raise refuse(
                 "train.keep_checkpoints",
@@ -282,13 +287,11 @@ class Optim:
     def __post_init__(self) -> None:
         """Refuse a learning rate that cannot learn, and rates outside their range."""
         positive("optim", self, "lr", "eps")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise refuse(
-                    f"optim.{name}", getattr(self, name), "must be from 0 to below 1", f"for example optim.{name}=0.9"
-                )
+        from_0_to_1("optim", self, "beta1", "beta2", with_1=False)
         if not 0 <= self.weight_decay < math.inf:
             raise refuse("optim.weight_decay", self.weight_decay, "must be 0 or more", "for example 0.1")
+        if self.name == "adamw":
+            refuse_options("optim.options", self.options, ADAMW)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -301,11 +304,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuse fractions outside 0 to 1."""
-        for name in ("warmup_fraction", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise refuse(
-                    f"schedule.{name}", getattr(self, name), "must be from 0 to 1", f"for example schedule.{name}=0.1"
-                )
+        from_0_to_1("schedule", self, "warmup_fraction", "final_fraction", with_1=True)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -338,6 +337,7 @@ class Cluster:
     def __post_init__(self) -> None:
         """Refuse counts of zero; gpus_per_rank=-1 means one where the cluster has GPUs."""
         positive("cluster", self, "ranks", "workers", "cpus_per_rank", "start_timeout_s")
+        at_most("cluster", self, ranks=10**5, workers=10**6)
         if self.max_restarts < 0:
             raise refuse("cluster.max_restarts", self.max_restarts, "must be 0 or more", "use cluster.max_restarts=0")
         if self.gpus_per_rank not in (-1, 0, 1):
@@ -399,3 +399,10 @@ class Run:
         if len(set(self.stages)) != len(self.stages):
             names = list(dict.fromkeys(stage.name for stage in self.stages))
             raise refuse("stages", "[...]", "a stage is named twice", f"use stages=[{','.join(names)}]")
+        if self.data.heldout_fraction == 0 and {Stage.train, Stage.evaluate} & set(self.stages):
+            raise refuse(
+                "data.heldout_fraction",
+                self.data.heldout_fraction,
+                "train and evaluate measure on held-out text, and none would be held out",
+                "for example data.heldout_fraction=0.02, or stages=[prepare]",
+            )

@@ -19,6 +19,7 @@ from cluster import cli, driver, exported
 from cluster.run_folder import RunFolder
 from cluster.session import ClusterDown
 from cluster.status import status_of
+from conf.refusal import BadRequest
 from conf.saved import to_yaml
 from conf.schema import Run, RunInfo, Stage
 from data_pipeline.store import NoValidCheckpoint, write_bytes, write_json
@@ -59,7 +60,9 @@ ENDS = [
     (3, 3, "done", 0),
     (4, 4, "failed", 0),
     (6, 6, "stopped", 0),
-    (ValueError("a.b=1: no\ndo this\nand\nthat\nand more"), 2, "refused", 3),
+    (BadRequest("a.b=1: no\ndo this\nand\nthat\nand more"), 2, "refused", 3),
+    (ValueError("not the user's\nat all"), 1, "failed", 2),
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), 1, "failed", 2),
     (NoValidCheckpoint("history\nway out"), 5, "refused", 2),
     (ClusterDown("which\nwhat set it\nhow to start"), 1, "failed", 3),
     (KeyboardInterrupt(), 6, "stopped", 1),
@@ -83,13 +86,16 @@ def test_every_end(
     assert folder().holder() is None
 
 
-def test_the_traceback_is_in_the_drivers_log(graph: Callable[[Any], None], capsys: pytest.CaptureFixture[str]) -> None:
-    graph(RuntimeError("a bug"))
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_the_traceback_is_in_the_drivers_log(
+    graph: Callable[[Any], None], capsys: pytest.CaptureFixture[str], kind: type[Exception]
+) -> None:
+    graph(kind("a bug"))
     cli.main(["run", *PREPARE])
     log = Path(folder().driver_log)
     assert str(log) in capsys.readouterr().err
     assert "Traceback" in log.read_text()
-    assert "RuntimeError: a bug" in log.read_text()
+    assert f"{kind.__name__}: a bug" in log.read_text()
 
 
 def test_a_run_that_is_active_is_not_started(graph: Callable[[Any], None], capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +122,16 @@ REFUSED = [
     (["run", "train.stepz=1"], "train.steps"),
     (["run", "+train.stepz=1"], "train.steps"),
     (["run", *PREPARE, "plugins=[nobody_has_this]"], "nobody_has_this"),
+    (["run", *PREPARE, "plugins=[../mine]"], "plugins=[mine]"),
+    (["run", *PREPARE, "data.filters.min_char.limit=1"], "did you mean 'min_chars'"),
+    (["run", *PREPARE, "data.filters.min_chars.limits=1"], "takes (text: str, limit: int)"),
+    (["run", *PREPARE, "data.filters.min_chars.limit=few"], "data.filters.min_chars.limit=few: must be a whole number"),
+    (["run", *PREPARE, "data.filters.min_chars.limit=true"], "data.filters.min_chars.limit=200"),
+    (["run", *PREPARE, "corpus.reader=txt"], "did you mean 'text'"),
+    (["run", "experiment=smoke", "cluster.ranks=5000"], "needs 5000 CPUs"),
+    (["run", *PREPARE, "paths.store=''"], "must name a folder"),
+    (["run", *PREPARE, "zero.extra.overlap_comm=5"], "must be true or false"),
+    (["run", "experiment=smoke", "optim.options.amsgrd=true"], "did you mean 'amsgrad'"),
     (["run", "experiment=smoke", "model.name=decodr"], "did you mean 'decoder'"),
     (["run", "experiment=smoke", "schedule.name=cosin"], "did you mean 'cosine'"),
     (["status"], "which run?"),
@@ -144,6 +160,23 @@ def test_bad_requests(words: list[str], expected: str, capsys: pytest.CaptureFix
     assert "Traceback" not in said.err
     assert not said.out
     assert list(tmp_path.iterdir()) == [], "something was left behind"
+
+
+def test_an_error_of_a_plugin_is_no_bad_request(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "broken_plugin.py").write_text('raise ValueError("oh")\n')
+    assert cli.main(["run", *PREPARE, "plugins=[broken_plugin]"]) == 1
+    said = capsys.readouterr().err
+    assert "broken_plugin.py" in said
+    assert "ValueError: oh" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistyped_plugin(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "my_filters.py").touch()
+    assert cli.main(["run", *PREPARE, "plugins=[my_filter]"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "did you mean 'my_filters'?" in said[0]
+    assert "the folder that holds my_filter.py" in said[1]
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

@@ -1,5 +1,6 @@
 """One typed config: what composes, what is refused and how, what a run is as a file, and what names are found."""
 
+import inspect
 import itertools
 import logging
 import os
@@ -14,6 +15,7 @@ from conf.completion import BASH, candidates
 from conf.compose import compose, load_run, to_yaml
 from conf.identity import differences, flatten, plain, scientific
 from conf.keys import leaf_types, names
+from conf.options import ADAMW
 from conf.registry import Registry, load_plugins
 from conf.schema import Precision, Run, Stage
 
@@ -79,11 +81,16 @@ def test_a_plus_before_a_known_name_means_the_name(plus: str) -> None:
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 def test_free_form_dicts_take_new_names(plus: str) -> None:
     run = compose(
-        [f"{plus}data.filters.min_chars.limit=5", f"{plus}zero.extra.reduce_bucket_size=9", f"{plus}model.options.x=y"]
+        [
+            f"{plus}data.filters.min_chars.limit=5",
+            f"{plus}zero.extra.reduce_bucket_size=9",
+            f"{plus}objective.name=o",
+            f"{plus}objective.options.x=y",
+        ]
     )
     assert run.data.filters == {"min_chars": {"limit": 5}}
     assert run.zero.extra == {"reduce_bucket_size": 9}
-    assert run.model.options == {"x": "y"}
+    assert run.objective.options == {"x": "y"}
     assert compose([f"{plus}data.filters={{a: {{b: 1}}}}"]).data.filters == {"a": {"b": 1}}
 
 
@@ -183,6 +190,37 @@ REFUSED = [
     ("zero.stage=4", "no such ZeRO stage", "0, 1, 2 or 3"),
     ("corpus.path=5", "a path, a glob", ""),
     ("version=2", "reads version 1", ""),
+    # bounds and options
+    ("train.steps=1000000001", "at most 1000000000", "train.steps=200"),
+    ("tokenizer.vocab_size=20000000", "at most 16777216", "tokenizer.vocab_size=4096"),
+    ("model.rope_theta=0", "above 0", "model.rope_theta=10000.0"),
+    ("train.sample_tokens=-1", "0 or more", "train.sample_tokens=0"),
+    ("data.heldout_fraction=0", "held-out text", "stages=[prepare]"),
+    ("data.heldout_fraction=1", "below 1", "data.heldout_fraction=0.02"),
+    ("paths.runs=''", "paths.runs='': must name a folder", "paths.runs=runs"),
+    ("paths.store=''", "must name a folder", "paths.store=store"),
+    ("model.options.x=1", "model.options.x=1: model.name=decoder takes no options", "leave out"),
+    ("objective.options.x=1", "objective.name=causal_lm takes no options", "leave out"),
+    ("optim.options.amsgrd=true", "did you mean 'amsgrad'", "known: amsgrad, foreach"),
+    ("optim.options.betas=[1,2]", "no such setting", "known: "),
+    ("optim.options.amsgrad=1", "must be true or false", "optim.options.amsgrad=true"),
+    ("zero.extra.overlap_comm=5", "must be true or false", "zero.extra.overlap_comm=true"),
+    ("zero.extra.overlap_comm=null", "must be true or false", ""),
+    ("zero.extra.reduce_bucket_size=true", "a whole number", "zero.extra.reduce_bucket_size="),
+    ("zero.extra.reduce_bucket_size=many", "a whole number", ""),
+    ("zero.extra.reduce_bucket_size=-1", "a whole number of 0 or more", ""),
+    ("zero.extra.reduce_bucket_size=1.5", "a whole number", ""),
+    # names below a name
+    ("+train.foo=1", "train.foo=1: no such key", "keys of train: steps, global_batch_rows"),
+    ("model=huge", "no such option", "gpt2_size, nano, quick, small; what a plugin registered is named by model.name="),
+    (
+        "optim=lion",
+        "optim=lion: no such option",
+        "options: adamw; what a plugin registered is named by optim.name=lion",
+    ),
+    ("corpus.path={a: 1}", "corpus.path is a value", "corpus.path=/data/*.jsonl"),
+    ("tokenizer.path.x=1", "tokenizer.path is a text or null", "tokenizer.path=/data/tokenizer.json"),
+    ("~tracker.entity", "cannot be removed", "tracker.entity=name"),
     # combinations
     ("data.row_tokens=4096", "longer than model.max_positions=1024", "data.row_tokens=1024"),
     ("zero.stage=3 train.engine=plain", "has no ZeRO", "train.engine=deepspeed"),
@@ -231,6 +269,20 @@ def test_the_environment_is_never_read_into_a_run(typed: str, monkeypatch: pytes
     lines = refused(typed)
     assert "environment" in lines[0]
     assert "hunter2" not in "".join(lines)
+
+
+def test_what_passes_through_has_its_type() -> None:
+    run = compose(["zero.extra.reduce_bucket_size=5e8", "zero.extra.overlap_comm=false", "optim.options.amsgrad=true"])
+    assert run.zero.extra == {"reduce_bucket_size": 5e8, "overlap_comm": False}
+    assert run.optim.options == {"amsgrad": True}
+    assert compose(["stages=[prepare]", "data.heldout_fraction=0"]).data.heldout_fraction == 0
+
+
+def test_adamw_has_the_options_that_we_pass() -> None:
+    import torch
+
+    theirs = inspect.signature(torch.optim.AdamW).parameters
+    assert set(ADAMW) == set(theirs) - {"params", "lr", "betas", "eps", "weight_decay", "capturable", "differentiable"}
 
 
 # --- YAML of one's own

@@ -1,6 +1,7 @@
 """Why something ended and what follows: tables."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -17,11 +18,17 @@ from cluster.policy import (
     describe,
     rebuild,
 )
+from cluster.run_folder import AlreadyActive
+from conf.refusal import BadRequest, refuse
 
 pytestmark = pytest.mark.unit
 
 
 class CheckpointError(Exception):
+    pass
+
+
+class Superseded(RuntimeError):  # noqa: N818
     pass
 
 
@@ -32,8 +39,12 @@ class NoValidCheckpoint(ValueError):  # noqa: N818
 @pytest.mark.parametrize(
     ("error", "cause"),
     [
-        (ValueError("train.steps=0: must be above 0"), Cause.bad_request),
-        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), Cause.bad_request),
+        (BadRequest("train.steps=0: must be above 0"), Cause.bad_request),
+        (refuse("train.steps", 0, "must be above 0", "use 1"), Cause.bad_request),
+        (AlreadyActive("another process"), Cause.bad_request),
+        (ValueError("too many values to unpack"), Cause.bug),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), Cause.bug),
+        (Superseded("another driver has taken over this run"), Cause.superseded),
         (KeyError("x"), Cause.bug),
         (RuntimeError("shape mismatch"), Cause.bug),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), Cause.disk_full),
@@ -60,6 +71,7 @@ def test_the_lost_worker_explains_its_peers() -> None:
     assert culprit([*peers, Failure(Cause.worker_lost, "died", 1)]).rank == 1
     assert culprit([*peers, Failure(Cause.bug, "KeyError", 1)]).cause is Cause.bug
     assert culprit([Failure(Cause.worker_lost, "", 1), Failure(Cause.out_of_memory, "", 3)]).rank == 3
+    assert culprit([*peers, Failure(Cause.superseded, "", 2)]).cause is Cause.superseded
     assert culprit(peers).rank == 0
 
 
@@ -70,6 +82,7 @@ LIMITS = Limits(max_restarts=2)
     ("cause", "step", "history", "action", "exit_code"),
     [
         (Cause.bad_request, 0, [], Action.fail, 2),
+        (Cause.superseded, 0, [], Action.fail, 1),
         (Cause.bug, 0, [], Action.fail, 1),
         (Cause.damaged, 0, [], Action.fail, 1),
         (Cause.no_checkpoint, 0, [], Action.fail, 5),
@@ -118,9 +131,24 @@ def test_errors_keep_their_type() -> None:
     assert isinstance(full, OSError)
     assert (full.errno, full.filename) == (errno.ENOSPC, "/x")
     assert isinstance(rebuild(describe(FileNotFoundError(errno.ENOENT, "no", "/x"))), FileNotFoundError)
-    mended = rebuild(describe(ValueError("corpus.path=x: no")))
-    assert isinstance(mended, ValueError)
+    mended = rebuild(describe(BadRequest("corpus.path=x: no")))
+    assert isinstance(mended, BadRequest)
     assert str(mended) == "corpus.path=x: no"
+    assert isinstance(rebuild(describe(ValueError("not the user's"))), TaskFailed)
     bug = rebuild(describe(KeyError("x")))
     assert isinstance(bug, TaskFailed)
     assert "KeyError" in str(bug)
+
+
+def test_the_traceback_of_a_task_goes_to_the_log(tmp_path: Path) -> None:
+    def a_filter_of_others() -> None:
+        raise ValueError("oh\nand more")
+
+    try:
+        a_filter_of_others()
+    except ValueError as error:
+        failed = rebuild(describe(error))
+    assert isinstance(failed, TaskFailed)
+    log = tmp_path / "logs" / "driver.log"
+    assert failed.told(str(log)) == f"oh\nthe whole story: {log}"
+    assert "in a_filter_of_others" in log.read_text()
