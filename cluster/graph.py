@@ -40,7 +40,7 @@ from cluster.policy import (
     decide,
 )
 from cluster.preprocess import Progress, TaskFunction, run_stage
-from cluster.run_folder import RunFolder, settle_paths
+from cluster.run_folder import LeaseLost, RunFolder, settle_paths
 from cluster.session import Session, check_ranks, connect, inside_job
 from cluster.shared_folder import check_shared
 from conf.identity import content_hash, scientific
@@ -71,6 +71,8 @@ def execute(
             if error.errno not in DISK_ERRNOS:
                 raise
             return graph.ended(EXIT_STOPPED, f"{error}: make room; the same command continues")
+        except LeaseLost as error:
+            return graph.ended(EXIT_FAILED, str(error))
         except TaskFailed as error:
             return graph.ended(EXIT_FAILED, str(error))
 
@@ -242,6 +244,7 @@ class Graph:
             "attempt": 1 + sum(e["event"] == "attempt" for e in self.folder.events()),
             "ranks": self.run.cluster.ranks,
         }
+        self.folder.check_lease()  # a driver that was taken over must not supersede its successor's gang
         generation = claim_generation(f"{self.folder.path}/generations", facts)
         self.event(
             "attempt", **facts, generation=generation, pid=os.getpid(), host=socket.gethostname(), command=sys.argv[1:]
@@ -255,7 +258,8 @@ class Graph:
         return Failure(Cause.stopped, "asked to stop") if outcome["state"] == "stopped" else None
 
     def watch(self) -> None:
-        """Show how training goes, from the last row of metrics.jsonl."""
+        """Show how training goes, from the last row of metrics.jsonl; raises LeaseLost, which ends the gang."""
+        self.folder.check_lease()
         row = self.folder.last_row()
         if row.get("step"):
             self.display.move(train_line(row, self.run.train.steps))

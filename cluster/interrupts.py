@@ -25,7 +25,8 @@ class StopRequest:
         self.signals = 0
 
     def asked(self) -> bool:
-        """Whether to stop."""
+        """Whether to stop; raises LeaseLost when this driver has no say in the run any more."""
+        self.folder.check_lease()
         return self.signals > 0 or os.path.exists(self.folder.stop_path)
 
     def check(self) -> None:

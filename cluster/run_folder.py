@@ -41,6 +41,10 @@ class AlreadyActive(BadRequest):
     """Another process is working on this run."""
 
 
+class LeaseLost(Exception):  # noqa: N818 (an outcome)
+    """Another driver has taken over the run that this one was working on."""
+
+
 class OtherSettings(BadRequest):
     """The request differs from the run in scientific keys; the message holds a table and may be longer than others."""
 
@@ -103,6 +107,14 @@ class RunFolder:
                 raise self.active_error(record)
             seen = record
         return lease
+
+    def check_lease(self) -> None:
+        """Raise LeaseLost when this driver was paused or cut off for so long that another one took the run over."""
+        if self._lease is not None and not self._lease.verify():
+            raise LeaseLost(
+                f"run.name={self.name}: another driver has taken over this run, after this one gave no sign of life "
+                f"for {EXPIRY_S:g} s; this one ends\nlook at it: zeroray status {self.name}"
+            )
 
     def active_error(self, record: dict[str, Any]) -> AlreadyActive:
         """Who is active, where and since when, and how to look at it."""

@@ -11,6 +11,8 @@ The surprise: `rename` alone is not durable. Without the fsync of the folder a p
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +29,7 @@ from conf.refusal import BadRequest
 
 HEARTBEAT_S = 2.0
 EXPIRY_S = 30.0
+LEASE_FIELDS = {"token", "host", "pid", "start", "beat"}
 
 
 class NoValidCheckpoint(Exception):  # noqa: N818 (an outcome)
@@ -175,41 +178,46 @@ def process_start(pid: int) -> str:
 
 
 class Lease:
-    """One holder at a time for a piece of work; the holder's heartbeat is the lease file's content.
+    """One holder at a time for a piece of work: the one whose token is in the lease file, which is also its heartbeat.
 
-    A holder on this machine whose process is gone is taken over at once; one elsewhere after `EXPIRY_S` seconds in
-    which its heartbeat did not change. Two holders are possible for an instant after a takeover, and harmless: what
-    they write is the same bytes under atomic names, and commits are fenced by generation.
+    A holder on this machine whose process is gone is taken over at once; any other after `EXPIRY_S` seconds in which
+    its heartbeat did not change. A lease is taken, taken over and given back by one process at a time (a file lock
+    beside it), and only the very record that was read is ever removed. Where a file system has no locks, two may hold
+    the lease for the time of a heartbeat.
+
+    A holder that was paused and then taken over finds another token, or none, at its next beat: `lost` becomes true,
+    its heartbeat ends, and it must end too. What it writes until then is harmless: the same bytes under atomic names,
+    and commits are fenced by generation.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.token = uuid.uuid4().hex
+        self.lost = False
         self._stop = threading.Event()
         self._beat: threading.Thread | None = None
 
     def _record(self, beat: int) -> bytes:
         pid = os.getpid()
-        return json_bytes(
-            {"token": self.token, "host": socket.gethostname(), "pid": pid, "start": process_start(pid), "beat": beat}
-        )
+        record = {"token": self.token, "host": socket.gethostname(), "pid": pid, "start": process_start(pid)}
+        return json_bytes({**record, "beat": f"{beat:012d}"})  # every beat has the same length, see _refresh
 
     def holder(self) -> dict[str, Any] | None:
         """The present holder's record, or None when nobody holds the lease or its holder is known to be dead."""
-        try:
-            record = read_json(self.path)
-        except (FileNotFoundError, ValueError):
-            return None
-        if record["host"] == socket.gethostname() and process_start(record["pid"]) != record["start"]:
-            return None
-        return dict(record)
+        record = read_record(self.path)
+        return record if record and not holder_is_dead(record) else None
 
     def try_acquire(self) -> bool:
         """Take the lease if it is free or its holder on this machine is dead; returns whether it is ours."""
-        if self.holder() is None:
-            self._break()
-        if not create_exclusive(self.path, self._record(0)):
+        if self.holder() is not None:
             return False
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        with self._alone():
+            record = read_record(self.path)
+            if record is not None and holder_is_dead(record):
+                self._remove(record)
+            if not create_exclusive(self.path, self._record(0)):
+                return False
         self._beat = threading.Thread(target=self._keep, daemon=True)
         self._beat.start()
         return True
@@ -221,22 +229,58 @@ class Lease:
             record = self.holder()
             if record != seen:
                 seen, since = record, time.monotonic()
-            elif time.monotonic() - since > EXPIRY_S:
-                self._break()
+            elif record is not None and time.monotonic() - since > EXPIRY_S:
+                with self._alone():
+                    self._remove(record)
             if record is not None:
                 yield record
             time.sleep(poll_s)
 
     def release(self) -> None:
-        """Give the lease back."""
+        """Give the lease back, if it is still ours."""
         self._stop.set()
-        if self._beat is not None:
-            self._beat.join()
-            self._break()
+        if self._beat is None:
+            return
+        self._beat.join()
+        # What cannot be given back is taken over when it expires; where the folder is gone, nothing is left to give.
+        with contextlib.suppress(OSError), self._alone():
+            record = read_record(self.path)
+            if record and self._names_us(record):
+                self._remove(record)
 
-    def _break(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+    def verify(self) -> bool:
+        """Whether the lease that we took is still ours, read afresh; a disk that cannot be read says nothing."""
+        with contextlib.suppress(OSError):
+            self.lost = self.lost or not self._names_us(read_record(self.path))
+        return not self.lost
+
+    def _names_us(self, record: dict[str, Any] | None) -> bool:
+        return bool(record and record["token"] == self.token)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock beside the lease; its file is removed again, so that an empty folder is empty."""
+        path = f"{self.path}.lock"
+        fd = locked(path)
+        try:
+            yield
+        finally:
+            if fd is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                os.close(fd)
+
+    def _remove(self, record: dict[str, Any]) -> None:
+        """Remove the lease file if it holds `record`. What was moved away by mistake is put back."""
+        aside = f"{self.path}.tmp-{uuid.uuid4().hex[:12]}"
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        if read_record(aside) != record:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+        os.unlink(aside)
 
     def _keep(self) -> None:
         beat = 0
@@ -244,4 +288,71 @@ class Lease:
             beat += 1
             # A full disk must not end the holder; a missed beat only makes others wait or, after EXPIRY_S, take over.
             with contextlib.suppress(OSError):
-                write_bytes(self.path, self._record(beat))
+                if not self._refresh(beat):
+                    self.lost = True
+                    return
+
+    def _refresh(self, beat: int) -> bool:
+        """Write the next beat; returns False, and writes nothing, when the lease is not ours any more.
+
+        Written in place and not under a new name: however long this process is paused between reading and writing, it
+        writes into its own file, never over a successor's.
+        """
+        try:
+            with open(self.path, "r+b") as file:
+                if not self._names_us(parse_record(file.read())):
+                    return False
+                file.seek(0)
+                file.write(self._record(beat))
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def locked(path: str) -> int | None:
+    """Create and lock the file at `path`, and wait for it if need be; its descriptor, or None on a full disk."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return None
+            raise
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if names_open_file(path, fd):
+            return fd
+        os.close(fd)  # the one we waited for removed it, so it is no longer the lock
+
+
+def names_open_file(path: str, fd: int) -> bool:
+    """Whether `path` still names the file that is open as `fd`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """The record in a lease file; None without a file, empty when it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            return parse_record(file.read())
+    except FileNotFoundError:
+        return None
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """A lease's record; empty when it is damaged."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) and value.keys() >= LEASE_FIELDS else {}
+
+
+def holder_is_dead(record: dict[str, Any]) -> bool:
+    """Whether a lease's holder is known to be gone: its process on this machine is, or its record is damaged."""
+    if not record:
+        return True
+    return bool(record["host"] == socket.gethostname() and process_start(record["pid"]) != record["start"])

@@ -14,13 +14,14 @@ from engine_jobs import follow, make_engine, make_run, saves, steps
 from safetensors.torch import load_file
 from torch import nn
 
-from data_pipeline.store import NoValidCheckpoint
+from data_pipeline.store import NoValidCheckpoint, create_exclusive
 from trainer import checkpoint, tensor_file
 from trainer.checkpoint import CheckpointError, Commit, choose_base, newest_valid, prune, record_base, save
-from trainer.distributed import RankInfo
+from trainer.distributed import RankInfo, barrier
 from trainer.engine import Engine
 from trainer.engines import build_engine
 from trainer.fragments import Fragment, cover_error
+from trainer.lineage import Superseded, bases
 from trainer.state import TrainState
 
 pytestmark = pytest.mark.unit
@@ -173,7 +174,7 @@ def test_a_late_commit_of_an_old_gang_is_ignored(engine: Engine, tmp_path: Path)
     assert choose_base(folder, 1, 0) == (None, [])
     _, second = save_steps(engine, folder, 1, 10, 20)
     assert choose_base(folder, 2, 0) == (second, [])
-    with pytest.raises(CheckpointError, match="generation 2 has taken over; nothing was committed"):
+    with pytest.raises(Superseded, match="generation 2 has started, this is generation 1; nothing was committed"):
         save_steps(engine, folder, 1, 30)
     os.rename(f"{folder}/generations/gen-0002.base.json", f"{folder}/aside")
     (late,) = save_steps(engine, folder, 1, 40)
@@ -186,6 +187,62 @@ def test_a_late_commit_of_an_old_gang_is_ignored(engine: Engine, tmp_path: Path)
     assert newest_valid(folder) == (own, [])
     with pytest.raises(CheckpointError, match="generation 2 was started before"):
         record_base(folder, 2, None)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gang_that_comes_after_a_newer_one_is_refused_before_it_starts(
+    engine: Engine, tmp_path: Path, rank: int
+) -> None:
+    folder = str(tmp_path)
+    assert choose_base(folder, 2, 0) == (None, [])
+    (own,) = save_steps(engine, folder, 2, 10)
+    with pytest.raises(Superseded, match="another driver has taken over this run: generation 2 has started"):
+        choose_base(folder, 1, rank)
+    with pytest.raises(Superseded):
+        record_base(folder, 1, own)
+    assert bases(folder) == [2], "nothing is recorded for it"
+    assert newest_valid(folder) == (own, [])
+
+
+@pytest.mark.parametrize("instant", ["before", "after"])
+def test_of_two_gangs_that_start_at_once_the_older_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instant: str
+) -> None:
+    folder = str(tmp_path)
+
+    def create_with_another(path: str, data: bytes) -> bool:
+        monkeypatch.setattr("trainer.lineage.create_exclusive", create_exclusive)
+        if instant == "before":
+            record_base(folder, 2, None)
+        created = create_exclusive(path, data)
+        if instant == "after":
+            record_base(folder, 2, None)
+        return created
+
+    monkeypatch.setattr("trainer.lineage.create_exclusive", create_with_another)
+    with pytest.raises(Superseded):
+        choose_base(folder, 1, 0)
+    assert choose_base(folder, 3, 0) == (None, []), "it hinders no newer one"
+
+
+def save_late(rank: RankInfo, folder: str) -> None:
+    """A save after another gang has started in the same run."""
+    engine = make_engine(make_run(stage=1), rank)
+    choose_base(folder, 1, rank.rank)
+    barrier()
+    if rank.rank == 0:
+        record_base(folder, 2, None)
+    save(engine, TrainState(step=1), folder, 1)
+
+
+@pytest.mark.dist
+def test_every_rank_of_a_superseded_gang_hears_why(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    record_base(folder, 2, None)
+    ends = ranks.launch(2, saves, {"stage": 1}, folder, [2], 1)
+    assert ["Superseded" in str(end.error) for end in ends] == [True, True], "at the start"
+    ends = ranks.launch(2, save_late, f"{folder}/late")
+    assert ["Superseded" in str(end.error) for end in ends] == [True, True], "at a save"
 
 
 def test_nothing_whole_is_refused_until_restored(engine: Engine, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ that the fragments of all ranks are every value exactly once. Works in any DeepS
 model in one of the engines; nothing here needs a `Run`.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -41,7 +42,17 @@ from trainer.distributed import barrier, first_failed_rank
 from trainer.engine import Engine
 from trainer.faults import point
 from trainer.fragments import CheckpointError, cover_error
-from trainer.lineage import Commit, base_of, bases, folders, lineage, record_base, superseded_by
+from trainer.lineage import (
+    Commit,
+    Superseded,
+    base_of,
+    bases,
+    folders,
+    lineage,
+    record_base,
+    refuse_superseded,
+    superseded_by,
+)
 from trainer.state import TrainState
 from trainer.tensor_file import VerifiedFile
 
@@ -50,6 +61,7 @@ VERSION = 1
 __all__ = [
     "CheckpointError",
     "Commit",
+    "Superseded",
     "base_of",
     "choose_base",
     "damage",
@@ -65,8 +77,8 @@ __all__ = [
 def save(engine: Engine, state: TrainState, run_folder: str, generation: int) -> Commit:
     """Commit `state` and what the engine holds; every rank calls it and gets the commit, or an error on every rank.
 
-    Raises CheckpointError (fragments that are not the model, an incomplete cover, a newer generation), or OSError of
-    this rank's disk; then nothing was committed. Sets `state.parent` to the new commit.
+    Raises CheckpointError (fragments that are not the model, an incomplete cover), Superseded when a newer generation
+    has started, or OSError of this rank's disk; then nothing was committed. Sets `state.parent` to the new commit.
     """
     began = time.monotonic()
     commit = Commit(run_folder, state.step, generation)
@@ -82,14 +94,15 @@ def together(engine: Engine, commit: Commit, act: Any) -> None:
     error: Exception | None = None
     try:
         act()
-    except (CheckpointError, OSError, ValueError) as found:
+    except (CheckpointError, Superseded, OSError, ValueError) as found:
         error = found
     failed = first_failed_rank(error, engine.rank, engine.world_size, engine.device)
-    if isinstance(error, CheckpointError):
-        raise CheckpointError(f"{error}; nothing was committed") from error
+    if isinstance(error, CheckpointError | Superseded):
+        raise type(error)(f"{error}; nothing was committed") from error
     if error is not None:
         raise error
     if failed is not None:
+        refuse_superseded(commit.run_folder, commit.generation)
         raise CheckpointError(f"{commit.folder}: rank {failed} could not save its part; nothing was committed")
 
 
@@ -120,9 +133,7 @@ def write_rank(engine: Engine, commit: Commit) -> None:
 
 def publish(engine: Engine, state: TrainState, commit: Commit) -> None:
     """Check that all ranks together wrote everything once, then write the manifest (rank 0)."""
-    newer = superseded_by(commit.run_folder, commit.generation)
-    if newer is not None:
-        raise CheckpointError(f"{commit.folder}: generation {newer} has taken over")
+    refuse_superseded(commit.run_folder, commit.generation)
     if os.path.exists(commit.manifest_path):
         raise CheckpointError(f"{commit.folder}: there is a commit of this step already")
     paths = [os.path.join(commit.folder, f"{rank_name(r)}.json") for r in range(engine.world_size)]
@@ -202,13 +213,16 @@ def choose_base(run_folder: str, generation: int, rank: int) -> tuple[Commit | N
 
     The damaged commits that were passed over are told to rank 0 only, which read them. When steps were trained and no
     commit is whole, raises NoValidCheckpoint on every rank and records nothing, so that a restored file still counts.
+    A gang that comes after a newer one has started gets Superseded on every rank, before it has written anything.
     """
     damaged: list[str] = []
-    if rank == 0:
+    if rank == 0 and superseded_by(run_folder, generation) is None:
         base, damaged = newest_valid(run_folder)
         if base is not None or not (damaged or trained_before(run_folder)):
-            record_base(run_folder, generation, base)
+            with contextlib.suppress(Superseded):  # told below, on every rank
+                record_base(run_folder, generation, base)
     barrier()
+    refuse_superseded(run_folder, generation)
     if generation not in bases(run_folder):
         raise NoValidCheckpoint(
             f"{run_folder}: has a history but no valid checkpoint ({damaged[0] if damaged else 'there is none'})\n"

@@ -23,6 +23,10 @@ from trainer.state import TrainState
 MANIFEST = "manifest.json"
 
 
+class Superseded(Exception):  # noqa: N818 (an outcome)
+    """A newer generation of the run has started: this one must end, and a restart of it is of no use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
     """One committed checkpoint of the run in `run_folder`; `seconds` is how long saving it took, if just saved."""
@@ -101,12 +105,17 @@ def base_of(run_folder: str, generation: int) -> Commit | None:
 
 
 def record_base(run_folder: str, generation: int, base: Commit | None) -> None:
-    """Record once what a generation starts from; from now on no older generation can add to the run."""
+    """Record once what a generation starts from; from now on no older generation can add to the run.
+
+    Raises Superseded when a newer one has done so, also in the same instant: of two, at least the older one sees it.
+    """
+    refuse_superseded(run_folder, generation)
     facts = (
         {"commit": None} if base is None else {"commit": base.name, "step": base.step, "generation": base.generation}
     )
     if not create_exclusive(base_path(run_folder, generation), json_bytes(facts)):
         raise CheckpointError(f"{base_path(run_folder, generation)}: generation {generation} was started before")
+    refuse_superseded(run_folder, generation)
 
 
 def lineage(run_folder: str) -> list[Commit]:
@@ -131,3 +140,13 @@ def superseded_by(run_folder: str, generation: int) -> int | None:
     """The newer generation that has started since, if any."""
     newest = max(bases(run_folder), default=generation)
     return newest if newest > generation else None
+
+
+def refuse_superseded(run_folder: str, generation: int) -> None:
+    """Raise Superseded when a newer generation has started since."""
+    newer = superseded_by(run_folder, generation)
+    if newer is not None:
+        raise Superseded(
+            f"{run_folder}: another driver has taken over this run: "
+            f"generation {newer} has started, this is generation {generation}"
+        )
