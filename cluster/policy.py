@@ -151,6 +151,7 @@ def describe(error: BaseException) -> dict[str, Any]:
     """An exception as plain values: the names of its types, its message, errno and traceback."""
     return {
         "kinds": [kind.__name__ for kind in type(error).__mro__],
+        "bad_request": isinstance(error, BadRequest),  # not by name: clients of web services have a BadRequest too
         "message": (str(error) or type(error).__name__)[:MESSAGE_CHARS],
         "errno": error.errno if isinstance(error, OSError) else None,
         "strerror": error.strerror if isinstance(error, OSError) else None,
@@ -169,7 +170,7 @@ def classify(description: dict[str, Any]) -> Cause:
             return cause
     if kinds & {"RuntimeError", "OSError"} and NETWORK.search(message):
         return Cause.peer_lost
-    return Cause.bad_request if "BadRequest" in kinds else Cause.bug
+    return Cause.bad_request if description["bad_request"] else Cause.bug
 
 
 def failure_of(description: dict[str, Any], rank: int | None = None) -> Failure:
@@ -182,7 +183,7 @@ def rebuild(description: dict[str, Any]) -> Exception:
     kinds = description["kinds"]
     if "OSError" in kinds and description["errno"] is not None:
         error: Exception = OSError(description["errno"], description["strerror"] or "", description["filename"])
-    elif "BadRequest" in kinds:
+    elif description["bad_request"]:
         error = BadRequest(description["message"])
     else:
         return TaskFailed(failure_of(description), [description["trace"]])

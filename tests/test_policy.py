@@ -43,6 +43,7 @@ class NoValidCheckpoint(ValueError):  # noqa: N818
         (refuse("train.steps", 0, "must be above 0", "use 1"), Cause.bad_request),
         (AlreadyActive("another process"), Cause.bad_request),
         (ValueError("too many values to unpack"), Cause.bug),
+        (type("BadRequest", (Exception,), {})("400 of some web service"), Cause.bug),
         (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), Cause.bug),
         (Superseded("another driver has taken over this run"), Cause.superseded),
         (KeyError("x"), Cause.bug),
