@@ -199,6 +199,27 @@ def test_a_lock_left_by_a_killed_process_hinders_nobody(path: str) -> None:
 
 
 @pytest.mark.unit
+def test_one_at_a_time_is_inside_the_lock(path: str) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def enter() -> None:
+        for _ in range(20):
+            with Lease(path)._alone():
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) == 120
+
+
+@pytest.mark.unit
 def test_on_a_full_disk_it_is_given_back_all_the_same(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease(path)
     assert lease.try_acquire()
