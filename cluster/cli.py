@@ -10,12 +10,14 @@ Exit codes: 0 done, 1 failed, 2 bad request, 3 done with quarantined documents, 
 over a history without a valid checkpoint, 6 stopped in order (the same command continues).
 """
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from cluster.console import EXIT_BAD_REQUEST, EXIT_FAILED, parser, print_json, told
+from cluster.console import parser, print_json, told
 from cluster.names import Shadowed, check_one_folder
+from cluster.policy import EXIT_BAD_REQUEST, EXIT_FAILED, EXIT_STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def carried_out(words: list[str]) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return 130
+        return EXIT_STOPPED if words[:1] == ["run"] else 130
 
 
 def command(words: list[str]) -> int:
@@ -147,6 +149,7 @@ def stop(words: list[str]) -> int:
 
 def run(words: list[str]) -> int:
     """Do a run."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the driver takes it
     from cluster.driver import run_command
 
     return run_command(words)

@@ -6,7 +6,8 @@ import re
 import sys
 from typing import Any, NoReturn
 
-EXIT_FAILED, EXIT_BAD_REQUEST = 1, 2
+from cluster.policy import EXIT_BAD_REQUEST
+
 ERROR_LINES = 3
 
 

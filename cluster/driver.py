@@ -21,22 +21,23 @@ import sys
 import traceback
 from types import FrameType
 
-from cluster.console import EXIT_BAD_REQUEST, EXIT_FAILED, told
+from cluster.console import told
 from cluster.logs import teed
 from cluster.names import check_owners, installed
-from cluster.policy import EXIT_HISTORY, EXIT_STOPPED, first_line
+from cluster.policy import DISK_ERRNOS, EXIT_BAD_REQUEST, EXIT_FAILED, EXIT_HISTORY, EXIT_STOPPED, first_line
 from cluster.run_folder import RunFolder, settle_paths
 from cluster.session import ClusterDown, inside_job
 from conf.keys import describe
 from conf.refusal import BadRequest, refuse
 from conf.registry import FILTERS, MODELS, OBJECTIVES, OPTIMIZERS, READERS, SCHEDULES, load_plugins
 from conf.schema import Run, Stage
-from data_pipeline.store import NoValidCheckpoint
+from data_pipeline.store import NoValidCheckpoint, write_bytes
 
 log = logging.getLogger("zeroray")
 
 END_STATES = {0: "done", 3: "done", EXIT_STOPPED: "stopped", EXIT_HISTORY: "refused", EXIT_BAD_REQUEST: "refused"}
 PARAMETER_TYPES = {int: "200", float: "0.5", str: "text", bool: "true"}  # of a filter, with an example
+PROGRESS = ("resumed", "checkpoint", "eval")
 TRAIN_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
@@ -67,6 +68,9 @@ def drive(run: Run) -> int:
         sys.stderr.write(f"{error}\n")
         return EXIT_HISTORY
     except OSError as error:
+        if error.errno in DISK_ERRNOS:
+            sys.stderr.write(f"{run.paths.runs}: {error.strerror}\nmake room; the same command continues\n")
+            return EXIT_STOPPED
         sys.stderr.write(
             f"{folder.path if folder else run.paths.runs}: {error}\nuse another folder: paths.runs=FOLDER\n"
         )
@@ -145,6 +149,7 @@ def check_ranks(run: Run) -> None:
 
 def admitted(run: Run, folder: RunFolder) -> int:
     """Admit the run to its folder and execute it there, with an `end` in the ledger whatever happens."""
+    before = read_or_none(folder.yaml_path)
     how = folder.admit(run)
     begun = len(folder.events())
     command = shlex.join(["zeroray", *sys.argv[1:]])
@@ -154,9 +159,20 @@ def admitted(run: Run, folder: RunFolder) -> int:
     with teed(folder):
         show_log()
         code, reason = executed(run, folder)
-    if not any(event["event"] == "end" for event in folder.events()[begun:]):
+    since = folder.events()[begun:]
+    if not any(event["event"] == "end" for event in since):
         folder.ledger.append("end", state=END_STATES.get(code, "failed"), exit_code=code, reason=reason)
+    if code in (EXIT_FAILED, EXIT_BAD_REQUEST) and before and not any(e["event"] in PROGRESS for e in since):
+        write_bytes(folder.yaml_path, before)  # a request that came to nothing does not change what the run is
     return code
+
+
+def read_or_none(path: str) -> bytes | None:
+    """A file's bytes; None when there is none."""
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def executed(run: Run, folder: RunFolder) -> tuple[int, str]:

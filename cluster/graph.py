@@ -49,6 +49,11 @@ from conf.schema import Run, Stage
 from data_pipeline.store import NoValidCheckpoint, claim_generation, read_json
 
 PROGRESS_EVENT_EVERY_S = 30.0
+RESULTS = {
+    Stage.evaluate: ("evaluation.json",),
+    Stage.export: ("export/zeroray.json", "export/model.safetensors", "export/tokenizer.json", "samples.json"),
+}
+SHOW_LOG = (Cause.bug, Cause.worker_lost, Cause.peer_lost, Cause.node_lost, Cause.out_of_memory)
 GANG_STAGES = (Stage.train, Stage.evaluate, Stage.export)
 END_STATES = {EXIT_DONE: "done", EXIT_QUARANTINE: "done", EXIT_STOPPED: "stopped"}
 
@@ -70,11 +75,12 @@ def execute(
         except OSError as error:
             if error.errno not in DISK_ERRNOS:
                 raise
-            return graph.ended(EXIT_STOPPED, f"{error}: make room; the same command continues")
+            where = error.filename or f"{run.paths.runs} or {run.paths.store}"
+            return graph.ended(EXIT_STOPPED, f"{where}: {error.strerror}: make room; the same command continues")
         except LeaseLost as error:
             return graph.ended(EXIT_FAILED, str(error))
         except TaskFailed as error:
-            return graph.ended(EXIT_FAILED, str(error))
+            return graph.ended(EXIT_FAILED, error.told(folder.driver_log))
 
 
 @dataclass
@@ -106,12 +112,14 @@ class Graph:
         if code in (EXIT_DONE, EXIT_QUARANTINE):
             self.show_places(prepared[0])
             self.event("end", state="done", exit_code=code, reason=self.quarantine_text() if self.quarantined else "")
+            self.stop.ended = code
         return code
 
     def ended(self, code: int, reason: str) -> int:
         """Tell and record an end that is none of success; returns the exit code."""
         self.display.say(reason)
         self.event("end", state=END_STATES.get(code, "failed"), exit_code=code, reason=reason.splitlines()[0])
+        self.stop.ended = code
         return code
 
     def event(self, name: str, **facts: Any) -> None:
@@ -149,6 +157,7 @@ class Graph:
 
         manifests: list[Manifest] = []
         builders = plan(self.run)
+        trained_on = documents_of_history(self.folder.events())
         for number, build in enumerate(builders):
             work = build(*manifests)
             self.stop.check()
@@ -157,8 +166,10 @@ class Graph:
             else:
                 self.event("stage", stage=work.name, state="skipped", key=os.path.basename(work.folder))
             manifests.append(Manifest.load(work.folder))
-            if work.name == "documents" and not self.accounted(manifests[-1], work.folder):
-                return None
+            if work.name == "documents":
+                refuse_other_documents(self.run, trained_on, manifests[-1])
+                if not self.accounted(manifests[-1], work.folder):
+                    return None
         self.event("stage", stage=Stage.prepare.name, state="done", done=len(builders), total=len(builders))
         return work.folder, manifests[-1].content_sha256
 
@@ -233,10 +244,10 @@ class Graph:
         """Whether the ledger says that every wanted stage was done with these keys and this data."""
         key = stage_key(self.run, content_sha256)
         events = [e for e in self.folder.events() if e["event"] == "stage" and e.get("key") == key]
-        done = {e["stage"] for e in events if e["state"] == "done" and e.get("done") == e.get("total")}
-        wanted = {stage.name for stage in self.run.stages if stage in GANG_STAGES}
-        exported = Stage.export not in self.run.stages or os.path.exists(f"{self.folder.path}/export/config.json")
-        return wanted <= done and exported
+        done = {e["stage"] for e in events if e["state"] == "done"}
+        wanted = [stage for stage in self.run.stages if stage in GANG_STAGES]
+        files = [f"{self.folder.path}/{name}" for stage in wanted for name in RESULTS.get(stage, ())]
+        return {stage.name for stage in wanted} <= done and all(map(is_whole, files))
 
     def attempt(self, session: Session, tokens_folder: str) -> Failure | None:
         """One life of a gang; None when it came to the end."""
@@ -283,7 +294,9 @@ class Graph:
             return self.ended(
                 decision.exit_code, f"stopped at step {newest_step(self.folder.path)}; the same command continues"
             )
-        if failure.rank is not None:
+        if failure.cause is Cause.disk_full:
+            return self.ended(decision.exit_code, f"{self.folder.path}: the disk is full\n{decision.reason}")
+        if failure.rank is not None and failure.cause in SHOW_LOG:
             log, tail = rank_log(self.folder.path, failure.rank), log_tail(self.folder.path, failure.rank)
             self.display.say(f"the last lines of {log}:\n{tail}\n")
         who = "" if failure.rank is None else f"rank {failure.rank}: "
@@ -321,12 +334,47 @@ class Graph:
         try:
             found = read_json(f"{self.folder.path}/evaluation.json")
             after, unigram = found["heldout"]["bpb"], found["heldout_unigram"]["bpb"]
-        except (FileNotFoundError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return []
         before = f"{found['before']['bpb']:.4f} before, " if found.get("before") else ""
         return [
             f"  held-out bits per byte: {before}{after:.4f} after step {found['step']}; unigram model {unigram:.4f}"
         ]
+
+
+def is_whole(path: str) -> bool:
+    """Whether a result is there and, if it is JSON, can be read."""
+    try:
+        return read_json(path) is not None if path.endswith(".json") else os.path.getsize(path) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def documents_of_history(events: list[dict[str, Any]]) -> str | None:
+    """The key of the documents that the newest checkpoint was trained on; None before there is one."""
+    now = trained = None
+    for event in events:
+        if event["event"] == "stage" and event.get("stage") == "documents":
+            now = event.get("key", now)
+        elif event["event"] == "checkpoint":
+            trained = now
+    return trained
+
+
+def refuse_other_documents(run: Run, trained_on: str | None, found: Any) -> None:
+    """Refuse other documents than the run was trained on before they are tokenized, unless that is allowed."""
+    from data_pipeline.manifest import Manifest
+
+    if trained_on is None or {key.split(".")[0] for key in run.run.allow} & {"data", "corpus", "tokenizer"}:
+        return
+    folder = os.path.join(run.paths.store, "documents", trained_on)
+    if os.path.exists(f"{folder}/manifest.json") and Manifest.load(folder).content_sha256 != found.content_sha256:
+        raise refuse(
+            "corpus",
+            run.corpus.name,
+            "the data of this run changed since it began",
+            "restore it, allow it with run.allow=[data], or start another run with run.name=...",
+        )
 
 
 def stage_key(run: Run, content_sha256: str) -> str:

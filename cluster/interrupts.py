@@ -23,6 +23,7 @@ class StopRequest:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.signals = 0
+        self.ended: int | None = None  # the exit code, once the run has come to its end and only Ray is left to close
 
     def asked(self) -> bool:
         """Whether to stop; raises LeaseLost when this driver has no say in the run any more."""
@@ -37,6 +38,10 @@ class StopRequest:
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """First signal: ask all ranks to commit and end. Second: end everything at once."""
         self.signals += 1
+        if self.ended is not None:
+            if self.signals > 1:
+                os._exit(self.ended)
+            return
         if self.signals == 1:
             # Not through sys.stderr: a signal may come in the middle of a write to it.
             with contextlib.suppress(OSError):

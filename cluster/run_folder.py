@@ -143,7 +143,7 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """The ledger's whole events, oldest first; lines torn by a kill or a full disk are left out."""
-        return [e for e in self.ledger.read() if isinstance(e, dict) and "event" in e and "time" in e]
+        return self.ledger.read()
 
     def stage_key(self, stage: str) -> str | None:
         """The key of a stage of preparation that this run used last, which is its folder's name in the store."""
@@ -166,7 +166,8 @@ class RunFolder:
     def last_row(self) -> dict[str, Any]:
         """The last whole row of metrics.jsonl; empty when there is none."""
         lines = tail(f"{self.path}/metrics.jsonl")
-        return next((row for line in reversed(lines) if (row := json_object(line))), {})
+        rows = (json_object(line) for line in reversed(lines))
+        return next((row for row in rows if row and isinstance(row.get("step"), int)), {})
 
     def submission(self) -> dict[str, Any] | None:
         """The record of the newest Ray job this run was submitted as from this machine."""
@@ -215,12 +216,24 @@ class RunFolder:
             raise refuse("run.name", self.name, reason, "restore the file, or move the run aside with run.fresh=true")
         changed = differences(scientific(load_run(self.yaml_path)), scientific(run))
         refused = [row for row in changed if not covered(row[0], run.run.allow)]
+        if refused and self.has_history():
+            # run.yaml may be that of a request that came to nothing; what was trained with stands in the commit.
+            changed = differences(self._trained_with(), scientific(run))
+            refused = [row for row in changed if not covered(row[0], run.run.allow)]
         if refused:
             raise OtherSettings(difference_message(self.name, refused))
         if changed:
             keys = [{"key": key, "before": before, "now": now} for key, before, now in changed]
             text = f"run.allow: {', '.join(key for key, _, _ in changed)} changed in a run that had begun"
             self.ledger.append("decision", text=text, allowed=keys)
+
+    def _trained_with(self) -> Any:
+        """The scientific part of the run that the newest whole commit was trained with, else of run.yaml."""
+        from trainer.checkpoint import newest_valid
+
+        commit, _ = newest_valid(self.path)
+        known = None if commit is None else commit.state().extra.get("run")
+        return scientific(load_run(self.yaml_path)) if known is None else known
 
     def _need_checkpoint(self) -> None:
         """Refuse a history from which nothing can be continued."""

@@ -119,7 +119,7 @@ def check_ranks(run: Run, cpus: float) -> None:
     needed = run.cluster.ranks * run.cluster.cpus_per_rank
     if set(run.stages) <= {Stage.prepare} or needed <= cpus:
         return
-    fitting, share = int(cpus // run.cluster.cpus_per_rank), int(100 * cpus / run.cluster.ranks) / 100
+    fitting, share = int(cpus // run.cluster.cpus_per_rank), int(10_000 * cpus / run.cluster.ranks) / 10_000
     fewer = f"use cluster.ranks={fitting}, or " if fitting else "use "
     raise refuse(
         "cluster.ranks",

@@ -14,6 +14,7 @@ from engine_jobs import follow, make_engine, make_run, saves, steps
 from safetensors.torch import load_file
 from torch import nn
 
+from conf.refusal import BadRequest
 from data_pipeline.store import NoValidCheckpoint, create_exclusive
 from trainer import checkpoint, tensor_file
 from trainer.checkpoint import CheckpointError, Commit, choose_base, newest_valid, prune, record_base, save
@@ -128,7 +129,7 @@ def test_another_model_or_optimizer_is_refused_by_name(engine: Engine, tmp_path:
     (commit,) = save_steps(engine, tmp_path, 1, 10)
     run = make_run(engine="plain")
     other = build_engine(run, nn.Linear(3, 3), RankInfo(), torch.device("cpu"))
-    with pytest.raises(CheckpointError, match=r"^bias: has shape none in the checkpoint"):
+    with pytest.raises(BadRequest, match=r"^bias: has shape none in the checkpoint"):
         checkpoint.load(other, commit)
 
 
@@ -360,3 +361,35 @@ def test_a_gang_killed_inside_a_save_continues_to_the_same_weights(tmp_path: Pat
     continued = ranks.results(ranks.launch(2, saves, options, folder, [4], 2))
     whole = ranks.results(ranks.launch(2, follow, options, 4))
     assert continued[0] == [whole[0]["last"]]
+
+
+def test_a_damaged_record_of_a_base_hides_no_checkpoint(engine: Engine, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    choose_base(folder, 1, 0)
+    first, second = save_steps(engine, folder, 1, 10, 20)
+    choose_base(folder, 2, 0)
+    record = tmp_path / "generations" / "gen-0002.base.json"
+    for position in range(0, len(record.read_bytes()), 7):
+        sound = record.read_bytes()
+        record.write_bytes(sound[:position] + bytes([sound[position] ^ 1]) + sound[position + 1 :])
+        base, damaged = newest_valid(folder)
+        assert base == second
+        assert str(record) in damaged[0]
+        record.write_bytes(sound)
+    (own,) = save_steps(engine, folder, 2, 30)
+    record.write_bytes(b"{")
+    assert choose_base(folder, 3, 0)[0] == own
+    assert first in checkpoint.lineage(folder)
+
+
+def test_a_commit_whose_metrics_are_gone_is_passed_over(engine: Engine, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    choose_base(str(tmp_path), 1, 0)
+    metrics.write_bytes(b"x" * 100)
+    first = save(engine, TrainState(step=10, metrics_bytes=50), str(tmp_path), 1)
+    second = save(engine, TrainState(step=20, metrics_bytes=100), str(tmp_path), 1)
+    assert newest_valid(str(tmp_path)) == (second, [])
+    metrics.write_bytes(b"x" * 99)
+    base, damaged = newest_valid(str(tmp_path))
+    assert base == first
+    assert damaged == [f"{metrics}: ends at byte 99, {second.name} needs 100"]

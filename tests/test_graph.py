@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster import graph
-from cluster.graph import execute, stage_key
+from cluster.graph import RESULTS, execute, stage_key
 from cluster.policy import Stopped
 from cluster.run_folder import RunFolder
 from conf.refusal import BadRequest
@@ -53,7 +53,9 @@ def record_done(run: Run, tokens_folder: str) -> None:
     key = stage_key(run, Manifest.load(tokens_folder).content_sha256)
     for stage in ("train", "evaluate", "export"):
         Ledger(folder).append("stage", stage=stage, state="done", done=9, total=9, key=key)
-    write_json(f"{folder}/export/config.json", {})
+    for names in RESULTS.values():
+        for name in names:
+            write_json(f"{folder}/{name}", {"of": name})
 
 
 def train(run: Run, generation: int, tokens_folder: str) -> dict[str, Any]:

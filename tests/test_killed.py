@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pydoc_data.topics
+import shutil
 import signal
 import textwrap
 from pathlib import Path
@@ -119,3 +120,24 @@ def test_history_without_checkpoint_refuses(reference: Path, tmp_path: Path) -> 
     assert refused.returncode == 5, refused.stdout + refused.stderr
     assert "run.fresh=true" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_what_came_to_nothing_or_was_lost(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    args = ["run", *TINY, f"corpus.path={reference / 'text'}", "run.name=one"]
+    run = tmp_path / "runs" / "one"
+
+    wider = zeroray(tmp_path, *args, "model.width=128", "run.allow=[model.width]")
+    assert wider.returncode == 2, wider.stdout + wider.stderr
+    assert "has shape" in wider.stderr
+    assert "Traceback" not in wider.stderr
+    assert "width: 64" in (run / "run.yaml").read_text(), "a request that was refused changed what the run is"
+
+    (run / "export" / "model.safetensors").unlink()
+    (run / "evaluation.json").write_text("{")
+    again = zeroray(tmp_path, *args)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert weights(run) == weights(reference / "runs" / "one")
+    figures = [json.loads((folder / "evaluation.json").read_text()) for folder in (run, reference / "runs" / "one")]
+    assert figures[0] == figures[1]
+    assert len(rows(run)) == 30

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conf.refusal import BadRequest
 from data_pipeline.store import (
     NoValidCheckpoint,
     fsync_folder,
@@ -47,6 +48,7 @@ from trainer.lineage import (
     Superseded,
     base_of,
     bases,
+    damaged_bases,
     folders,
     lineage,
     record_base,
@@ -57,6 +59,7 @@ from trainer.state import TrainState
 from trainer.tensor_file import VerifiedFile
 
 VERSION = 1
+OTHER_MODEL = "set model.* and optim.* as they were, or start another run with run.name=..."
 
 __all__ = [
     "CheckpointError",
@@ -199,13 +202,20 @@ def damage(commit: Commit) -> str | None:
 
 def newest_valid(run_folder: str) -> tuple[Commit | None, list[str]]:
     """The newest commit that counts and is whole, and what is wrong with the newer ones that were passed over."""
-    damaged: list[str] = []
+    damaged = damaged_bases(run_folder)
     for commit in lineage(run_folder):
-        wrong = damage(commit)
+        wrong = damage(commit) or lost_metrics(commit)
         if wrong is None:
             return commit, damaged
         damaged.append(wrong)
     return None, damaged
+
+
+def lost_metrics(commit: Commit) -> str | None:
+    """What is wrong when rows that the commit counts on are gone from `metrics.jsonl`; None when they are there."""
+    path = os.path.join(commit.run_folder, "metrics.jsonl")
+    needed, there = commit.state().metrics_bytes, os.path.getsize(path) if os.path.exists(path) else 0
+    return None if needed <= there else f"{path}: ends at byte {there}, {commit.name} needs {needed}"
 
 
 def choose_base(run_folder: str, generation: int, rank: int) -> tuple[Commit | None, list[str]]:
@@ -297,10 +307,11 @@ def refuse_other_model(engine: Engine, manifest: dict[str, Any]) -> None:
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             there, here = theirs.get(name, "none"), ours.get(name, "none")
-            raise CheckpointError(f"{name}: has shape {there} in the checkpoint and {here} in the model")
+            raise BadRequest(f"{name}: has shape {there} in the checkpoint and {here} in the model\n{OTHER_MODEL}")
     kinds = sorted(engine.kinds())
     if kinds != manifest["kinds"]:
-        raise CheckpointError(f"the checkpoint has optimizer state {manifest['kinds']}, the optimizer keeps {kinds}")
+        there = manifest["kinds"]
+        raise BadRequest(f"the checkpoint has optimizer state {there}, the optimizer keeps {kinds}\n{OTHER_MODEL}")
 
 
 def prune(run_folder: str, keep: int, generation: int | None = None) -> list[Commit]:

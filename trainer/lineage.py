@@ -16,7 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.store import create_exclusive, json_bytes, read_json, unseal
+from data_pipeline.store import create_exclusive, json_bytes, seal, unseal
 from trainer.fragments import CheckpointError
 from trainer.state import TrainState
 
@@ -96,9 +96,12 @@ def bases(run_folder: str) -> list[int]:
 
 
 def base_of(run_folder: str, generation: int) -> Commit | None:
-    """The commit a generation started from; None when it started from nothing or recorded nothing."""
+    """The commit a generation started from; None when it started from nothing or recorded nothing.
+
+    Raises ValueError when the record is damaged.
+    """
     try:
-        record = read_json(base_path(run_folder, generation))
+        record = unseal(base_path(run_folder, generation))
     except FileNotFoundError:
         return None
     return None if record["commit"] is None else Commit(run_folder, record["step"], record["generation"])
@@ -113,13 +116,16 @@ def record_base(run_folder: str, generation: int, base: Commit | None) -> None:
     facts = (
         {"commit": None} if base is None else {"commit": base.name, "step": base.step, "generation": base.generation}
     )
-    if not create_exclusive(base_path(run_folder, generation), json_bytes(facts)):
+    if not create_exclusive(base_path(run_folder, generation), json_bytes(seal(facts))):
         raise CheckpointError(f"{base_path(run_folder, generation)}: generation {generation} was started before")
     refuse_superseded(run_folder, generation)
 
 
 def lineage(run_folder: str) -> list[Commit]:
-    """The commits that count, newest first. Without any recorded base all do, by generation and step."""
+    """The commits that count, newest first. Without any recorded base all do, by generation and step.
+
+    Where a record is damaged, the generations before it count as far as they came.
+    """
     by_generation: dict[int, list[Commit]] = defaultdict(list)
     for commit in reversed(commits(run_folder)):
         by_generation[commit.generation].append(commit)
@@ -130,10 +136,28 @@ def lineage(run_folder: str) -> list[Commit]:
     generation, limit = started[-1], None
     while True:
         counted += [c for c in by_generation[generation] if limit is None or c.step <= limit]
-        base = base_of(run_folder, generation)
+        try:
+            base = base_of(run_folder, generation)
+        except ValueError:
+            older = [c.generation for c in commits(run_folder) if c.generation < generation]
+            if not older:
+                return counted
+            generation, limit = max(older), None
+            continue
         if base is None or base.generation >= generation:
             return counted
         generation, limit = base.generation, base.step
+
+
+def damaged_bases(run_folder: str) -> list[str]:
+    """What is wrong with the records of bases, one sentence each that begins with the path."""
+    found = []
+    for generation in bases(run_folder):
+        try:
+            base_of(run_folder, generation)
+        except ValueError as error:
+            found.append(str(error).splitlines()[0])
+    return found
 
 
 def superseded_by(run_folder: str, generation: int) -> int | None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from conf.identity import content_hash, differences, scientific
-from conf.refusal import refuse
+from conf.refusal import BadRequest, refuse
 from conf.registry import load_plugins
 from conf.saved import to_yaml
 from conf.schema import Run, Stage
@@ -337,7 +337,7 @@ def main(overrides: list[str]) -> int:
         if rank.rank == 0:
             write_bytes(os.path.join(run_folder(run), "run.yaml"), to_yaml(run).encode())
         outcome = train_rank(run, rank)
-    except ValueError as error:
+    except BadRequest as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except NoValidCheckpoint as error:
