@@ -1,14 +1,17 @@
 """Killed at any moment, the same command continues, and ends with the same bytes as a run that was left alone."""
 
+import functools
 import hashlib
 import json
 import os
 import pydoc_data.topics
 import shutil
 import signal
+import subprocess
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 from processes import TINY, events, kill_tree, rows, start, wait_until, zeroray
 
@@ -44,13 +47,12 @@ def finished_shards(store: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in shards}
 
 
-def saving(run: Path) -> bool:
-    """Whether a checkpoint after the last commit has files already, and no manifest yet."""
-    steps = sorted(os.listdir(run / "checkpoints"))
+def paused(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a rank has paused itself."""
     try:
-        newest = max((run / "checkpoints" / steps[-1]).iterdir())
-        return int(steps[-1][5:]) > 0 and len(os.listdir(newest)) > 0 and not (newest / "manifest.json").exists()
-    except (FileNotFoundError, ValueError):  # pruned while we looked, or still empty
+        tree = psutil.Process(process.pid).children(recursive=True)
+        return any(member.status() == psutil.STATUS_STOPPED for member in tree)
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -70,9 +72,11 @@ def test_killed_in_every_phase(reference: Path, tmp_path: Path) -> None:
         "a finished shard was written again"
     )
 
-    process = start(tmp_path, *args)  # inside a checkpoint save: temporary or uncommitted files of a new step are there
-    wait_until(lambda: saving(run), process)
-    kill_tree(process)
+    # Inside a checkpoint save: all tensors are written, the manifest is not; and just after it.
+    for place, steps in (("before_manifest", 1), ("after_manifest", 2)):
+        process = start(tmp_path, *args, ZERORAY_PAUSE_AT=f"checkpoint.{place}:{steps}")
+        wait_until(functools.partial(paused, process), process)
+        kill_tree(process)
 
     done = zeroray(tmp_path, *args)
     assert done.returncode == 0, done.stdout + done.stderr
