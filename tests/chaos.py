@@ -21,6 +21,8 @@ import psutil
 from processes import TINY, events, kill_tree, rows, start, zeroray
 from test_killed import finished_shards, weights, write_corpus
 
+STEPS = 400
+LONGER = (f"train.steps={STEPS}", "train.checkpoint_every=20", "train.eval_every=100")
 POINTS = [
     "checkpoint.before_tensors",
     "checkpoint.after_tensors",
@@ -61,10 +63,10 @@ def main() -> int:
     draw = random.Random(said.seed)
     folder = Path(tempfile.mkdtemp(prefix="zeroray-chaos-"))
     corpus = write_corpus(folder)
-    args = ["run", *TINY, f"corpus.path={corpus}", "run.name=one"]
+    args = ["run", *TINY, f"corpus.path={corpus}", "run.name=one", *LONGER]
     (folder / "alone").mkdir()
     assert zeroray(folder / "alone", *args).returncode == 0, (folder / "alone" / "output.txt").read_text()
-    kills, rewritten, shards = 0, 0, {}
+    kills, rewritten, finished, shards = 0, 0, 0, {}
     run = folder / "runs" / "one"
     while kills < said.kills:
         ended = life(folder, args, draw)
@@ -74,9 +76,10 @@ def main() -> int:
         sys.stdout.write(f"{kills + 1:4d}  step {len(rows(run)):3d}  {ended}\n")
         sys.stdout.flush()
         kills += ended.startswith("killed")
-        if ended == "ended with 0":  # done before the kill: once more from the trained-on data, in a new folder
+        if ended == "ended with 0":  # done before the kill: once more from the raw text
             assert weights(run) == weights(folder / "alone" / "runs" / "one"), f"{run}: other weights"
-            os.rename(run, f"{run}.{kills}")
+            finished += 1
+            os.rename(run, f"{run}.{finished}")
             shutil.rmtree(folder / "store")
             shards = {}
     last = zeroray(folder, *args)
@@ -86,9 +89,10 @@ def main() -> int:
         "seed": said.seed,
         "exit_code": last.returncode,
         "same_weights": last.returncode == 0 and weights(run) == weights(reference),
-        "metrics_once": [r["step"] for r in rows(run)] == list(range(1, 31)),
+        "metrics_once": [r["step"] for r in rows(run)] == list(range(1, STEPS + 1)),
         "same_losses": [r["train/loss"] for r in rows(run)] == [r["train/loss"] for r in rows(reference)],
         "shards_written_again": rewritten,
+        "runs_finished": finished + (last.returncode == 0),
         "resumed": len(events(run, "resumed")),
         "folder": str(folder),
     }

@@ -63,7 +63,7 @@ def test_a_full_disk_is_a_stop_that_continues(reference: Path, small_disk: Path,
     run = small_disk / "runs" / "one"
     full = zeroray(tmp_path, *args)
     assert full.returncode == 6, full.stdout + full.stderr
-    assert "No space left" in full.stderr
+    assert f"{run}: the disk is full" in full.stderr
     assert "Traceback" not in full.stderr
     assert len(rows(run)) < 30
     assert len(events(run, "checkpoint")) > 0, "it was full before anything was committed; make the disk larger"
