@@ -1,5 +1,6 @@
 """What is shipped, and the walls between the rooms."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,10 @@ def test_a_wall_that_is_crossed_is_seen(copy: Path, file: str, line: str) -> Non
 def test_the_walls_stand(copy: Path) -> None:
     found = lint(copy)
     assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_readme_names_every_file_of_a_room(room: str) -> None:
+    (line,) = [text for text in (ROOT / "README.md").read_text().splitlines() if text.startswith(f"| `{room}/` |")]
+    there = {path.name for path in (ROOT / room).glob("*.py")} - {"__init__.py"}
+    assert set(re.findall(r"`(\w+\.py)`", line)) == there
