@@ -120,9 +120,12 @@ def check_registered(run: Run) -> None:
 def check_data(run: Run) -> None:
     """Refuse a reader, filters and their parameters that cannot be."""
     from data_pipeline import readers  # noqa: F401 (it registers ours)
+    from data_pipeline.corpus import entries_of
     from data_pipeline.filters import build_filters
 
     READERS.get(run.corpus.reader)
+    if Stage.prepare in run.stages:
+        entries_of(run.corpus)
     build_filters(run.data.filters)
     for name, given in run.data.filters.items():
         parameters = inspect.signature(FILTERS.get(name)).parameters

@@ -60,7 +60,7 @@ def list_corpus(corpus: Corpus, ours: Iterable[str] = ()) -> Listing:
     own = {os.path.realpath(folder) for folder in ours}
     reader = READERS.get(corpus.reader)()
     roots, paths = [], set()
-    for entry in _entries(corpus):
+    for entry in entries_of(corpus):
         root, found = _expand(entry, corpus.include or reader.include, reader.skip_folders, own)
         roots.append(root)
         paths.update(found)
@@ -75,7 +75,8 @@ def list_corpus(corpus: Corpus, ours: Iterable[str] = ()) -> Listing:
     return Listing(root, files)
 
 
-def _entries(corpus: Corpus) -> list[str]:
+def entries_of(corpus: Corpus) -> list[str]:
+    """The absolute paths and globs of a corpus; raises ValueError when one that is no glob does not exist."""
     if corpus.path is None and corpus.reader == "python_stdlib":
         return [sysconfig.get_path("stdlib")]
     entries = [corpus.path] if isinstance(corpus.path, str) else list(corpus.path or [])
@@ -84,7 +85,11 @@ def _entries(corpus: Corpus) -> list[str]:
     for entry in entries:
         if "://" in entry:
             raise refuse("corpus.path", entry, "remote paths cannot be read yet", "copy the files to a folder first")
-    return [os.path.abspath(os.path.expanduser(entry)) for entry in entries]
+    paths = [os.path.abspath(os.path.expanduser(entry)) for entry in entries]
+    for path in paths:
+        if not os.path.lexists(path) and not glob.has_magic(path):
+            raise refuse("corpus.path", path, "no such file or folder", "check the path on the machine that reads it")
+    return paths
 
 
 def _expand(entry: str, include: list[str], skip_folders: list[str], own: set[str]) -> tuple[str, list[str]]:
@@ -92,8 +97,6 @@ def _expand(entry: str, include: list[str], skip_folders: list[str], own: set[st
         return entry, list(_walk(entry, include, skip_folders, own))
     if os.path.lexists(entry):
         return os.path.dirname(entry), [entry]
-    if not glob.has_magic(entry):
-        raise refuse("corpus.path", entry, "no such file or folder", "check the path on the machine that reads it")
     parts = entry.split(os.sep)
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = os.sep.join(parts[:fixed]) or os.sep
