@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from conf.schema import Run, RunInfo, Schedule, Tracker, Train, WandbMode
 from data_pipeline.ledger import Ledger
@@ -78,10 +79,13 @@ def test_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room.wandb_mode(OFF) == "disabled"
 
 
-def test_a_key_without_a_network_is_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_without_a_network_is_an_offline_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    request.addfinalizer(wandb.teardown)
     began = time.monotonic()
     made = room.Tracker(Run(), str(tmp_path), keep_bytes=0, attempt=1)
     assert time.monotonic() - began < 60, "ranks would wait for it"
