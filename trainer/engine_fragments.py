@@ -8,6 +8,7 @@ The optimizer's state is read from the inner optimizer at the same place as the 
 to it: those are made once, after the first group's first step, and miss every other group.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,7 +20,7 @@ from trainer.fragments import PARAM, Fragment
 from trainer.optim import create_state
 
 
-class ZeroHolder:
+class ZeroHolder(ABC):
     """What the stages share. `place(name)` is the flat tensor, the place in it, and the place in the parameter."""
 
     replicated = False
@@ -31,13 +32,13 @@ class ZeroHolder:
         self.state = zero.optimizer.state
         create_state(zero.optimizer, flats, pattern)
 
+    @abstractmethod
     def place(self, name: str) -> tuple[Tensor, int, int, int] | None:
         """The flat tensor with `count` values of a parameter: (flat, begin, start in the parameter, count)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flat_of(self, name: str) -> Tensor:
         """The flat tensor under which the optimizer keeps the parameter's numbers."""
-        raise NotImplementedError
 
     def kinds(self) -> set[str]:
         """What there is of every parameter."""
